@@ -1,0 +1,1 @@
+"""The vocabulary of stages and the machinery that runs one. Knows nothing of Prefect."""

@@ -1,0 +1,194 @@
+"""Published outputs: a folder that appeared by one rename and whose manifest names every byte of it.
+
+The manifest seals what a stage made. Two things may be added later and are sealed by themselves: the
+measurements in ``evaluation/`` and the ``verdict.json`` that follows from them, because gates and metrics
+can be edited without training again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specs.base import fingerprint
+from stages.errors import StageFailed
+
+MANIFEST = "manifest.json"
+MODEL = "model"
+ADAPTER = "adapter"
+EVALUATION = "evaluation"
+VERDICT = "verdict.json"
+_ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A published folder and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) over everything that could have changed the result."""
+        return str(self.manifest["identity"])
+
+    @property
+    def model(self) -> Path:
+        """The plain transformers checkpoint: inside the artifact, or the folder that a base refers to."""
+        elsewhere = self.manifest["record"].get("model_path")
+        return Path(elsewhere) if elsewhere else self.path / MODEL
+
+
+def short(identity: str) -> str:
+    """The part of an identity that folder names carry."""
+    return identity[:8]
+
+
+def sha256(path: Path) -> str:
+    """The sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below ``folder``, sorted.
+
+    Raises:
+        StageFailed: something there is neither a regular file nor a folder (a link, a device).
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StageFailed(f"{path}: neither a regular file nor a folder; remove it")
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write ``document`` so that readers see the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[str, Any]) -> Artifact:
+    """Seal ``work`` with a manifest and let it appear at ``target`` by one rename.
+
+    Args:
+        work: the finished folder, on the same file system as ``target``.
+        target: where it appears; must not exist.
+        identity: the document whose fingerprint is the artifact's identity.
+        record: what the stage wants known: versions, measurements of the run, hand-over errors.
+    """
+    files = {
+        str(path.relative_to(work)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files_below(work)
+    }
+    for name in files:
+        sync(work / name)
+    for folder in [path for path in work.rglob("*") if path.is_dir()]:
+        sync(folder)
+    manifest = {
+        "format": _FORMAT,
+        "identity": fingerprint(identity),
+        "inputs": identity,
+        "record": record,
+        "files": files,
+    }
+    write_json(work / MANIFEST, manifest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work.rename(target)
+    sync(target.parent)
+    return Artifact(target, manifest)
+
+
+def read(path: Path) -> Artifact | None:
+    """The artifact at ``path`` by its manifest, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or manifest["identity"] != fingerprint(manifest["inputs"]):
+            return None
+        return Artifact(path, manifest) if isinstance(manifest["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:
+    """What differs between an artifact and its manifest; empty when every byte is as published.
+
+    Args:
+        artifact: the published folder.
+        digest: how a file is hashed; a planner passes one that remembers unchanged files.
+    """
+    found = []
+    present = {str(path.relative_to(artifact.path)): path for path in files_below(artifact.path)}
+    for name, expected in artifact.manifest["files"].items():
+        path = present.pop(name, None)
+        if path is None:
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected["size"]:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif digest(path) != expected["sha256"]:
+            found.append(f"{name} was changed")
+    found += [f"{name} does not belong there" for name in present if Path(name).parts[0] not in _ADDED_LATER]
+    return found
+
+
+def verified(artifact: Artifact) -> Artifact:
+    """``artifact`` itself, after every byte was compared with its manifest.
+
+    Raises:
+        StageFailed: it was damaged; the message names the files and what to do.
+    """
+    found = damage(artifact)
+    if found:
+        raise StageFailed(
+            f"{artifact.path}: damaged since it was published: {'; '.join(found)}. "
+            "Move the folder away and run again: that stage and those after it are made anew"
+        )
+    return artifact
+
+
+def find(store: Path, identity: str) -> Artifact | None:
+    """The published artifact with this identity, whatever its stage is called by now."""
+    for path in sorted(store.glob(f"*-{short(identity)}")):
+        artifact = read(path)
+        if artifact is not None and artifact.identity == identity:
+            return artifact
+    return None
+
+
+def newest_of_stage(store: Path, stage: str) -> Artifact | None:
+    """The last published artifact of a stage by its name, of whatever identity."""
+    found = [read(path) for path in store.glob(f"[0-9][0-9]-{stage}-????????")]
+    published = [artifact for artifact in found if artifact is not None]
+    return max(published, key=lambda artifact: artifact.manifest["record"].get("published", ""), default=None)
+
+
+def set_aside(path: Path) -> Path:
+    """Move a folder out of the way, under ``.set-aside`` beside it, and return its new place."""
+    number = 1
+    while (target := path.parent / ".set-aside" / f"{path.name}.{number}").exists():
+        number += 1
+    target.parent.mkdir(exist_ok=True)
+    return Path(shutil.move(path, target))

@@ -1,0 +1,74 @@
+"""The first step of a chain: the base model as a plain checkpoint with a recorded probe."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import probe
+from stages.artifact import MODEL
+from stages.errors import InvalidInput
+from stages.job import Job
+from stages.model import convert_gguf, load_plain, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Bring the base into ``work``: converted from GGUF, fetched from the hub, or referred to where it is.
+
+    A folder is not copied unless a chat template is laid over it: the manifest then refers to it, and its
+    content hashes are the artifact's identity.
+
+    Returns:
+        The model (float32, on the CPU) and the record for the manifest.
+
+    Raises:
+        InvalidInput: it is no causal language model, or the hub cannot be reached.
+    """
+    import torch
+
+    spec, folder = job.pipeline.model, Path(job.folder)
+    place = work / MODEL
+    if spec.gguf is not None:
+        convert_gguf(folder / spec.gguf, place)
+    elif spec.hub is not None:
+        shutil.copytree(_snapshot(spec.hub, str(spec.revision)), place, dirs_exist_ok=True)
+    elif spec.chat_template is not None:
+        shutil.copytree(folder / str(spec.path), place, dirs_exist_ok=True)
+    else:
+        place = (folder / str(spec.path)).resolve()
+    if spec.chat_template is not None:
+        tokenizer = load_tokenizer(place)
+        tokenizer.chat_template = (folder / spec.chat_template).read_text(encoding="utf-8")
+        tokenizer.save_pretrained(place)
+    model = load_plain(place, torch.float32)
+    load_tokenizer(place)
+    _refuse_quantised(model, place)
+    ids = probe.probe_ids(int(model.get_input_embeddings().weight.shape[0]))
+    probe.record(work, ids, probe.logits(model, ids))
+    record: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    if place.parent != work:
+        record["model_path"] = str(place)
+    return model, record
+
+
+def _snapshot(hub: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InvalidInput(
+            f"model.hub: {hub}@{revision[:8]} cannot be fetched ({error}); check the id and the revision, log in "
+            "for a gated model (HF_TOKEN), or download it and name the folder by model.path"
+        ) from error
+
+
+def _refuse_quantised(model: Any, place: Path) -> None:
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InvalidInput(
+            f"{place}: the base is quantised already; name the original weights (method qlora quantises by itself)"
+        )

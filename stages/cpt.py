@@ -1,0 +1,86 @@
+"""Continued pre-training: learn a domain's language and facts from raw text, on TRL's SFT trainer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from specs.train import CptTrainSpec
+from stages.conversation import end_of_text
+from stages.data import Normaliser
+from stages.objective import MaskReport, ObjectiveSpec
+from stages.rows import Row, text_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+_STRATEGIES = {"split": "bfd_split", "wrapped": "wrapped"}
+
+
+class Cpt(ObjectiveSpec):
+    """Continued pre-training: every token of a document is learned, and the token that ends it."""
+
+    kind: Literal["cpt"]
+    train: CptTrainSpec
+
+    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
+    normalise: ClassVar[Normaliser] = staticmethod(text_row)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Packing and length in TRL's terms."""
+        packing = self.train.packing
+        return {
+            "max_length": self.train.sequence_length,
+            "packing": packing != "none",
+            "packing_strategy": _STRATEGIES.get(packing, "bfd"),
+        }
+
+    def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
+        """Documents as token ids, each followed by the end-of-text token; all of it is learned."""
+        from datasets import Dataset
+
+        end = end_of_text(tokenizer, self.train.document_end)
+        documents: Any = tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
+        ids = [[*(document[:-1] if document[-1:] == [end] else document), end] for document in documents]
+        tokens = sum(map(len, ids))
+        cut = [len(document) - self.train.sequence_length for document in ids]
+        lost = sum(over for over in cut if over > 0) if self.train.packing == "none" else 0
+        truncated = sum(over > 0 for over in cut) if self.train.packing == "none" else 0
+        report = MaskReport(
+            rows=len(ids),
+            tokens=tokens,
+            trained_tokens=tokens - lost,
+            truncated_rows=truncated,
+            dropped_rows=0,
+            terminator_trained=True,
+        )
+        return Dataset.from_dict({"input_ids": ids, "labels": ids}), report
+
+    def trainer(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        dataset: "Dataset",
+        arguments: dict[str, Any],
+        callbacks: list["TrainerCallback"],
+    ) -> "Trainer":
+        """TRL's SFT trainer on ready token ids."""
+        return sft_trainer(model, tokenizer, dataset, arguments, callbacks)
+
+
+def sft_trainer(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset",
+    arguments: dict[str, Any],
+    callbacks: list["TrainerCallback"],
+) -> "Trainer":
+    """TRL's SFT trainer over rows of `input_ids` and `labels`."""
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )

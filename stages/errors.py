@@ -1,0 +1,46 @@
+"""What can go wrong, and with which exit code the command line says so.
+
+    TriviumError              1   unexpected
+    ├── InvalidInput          2   a spec, a model or data that cannot be used; nothing was trained
+    ├── GateRefused           3   a gate did not pass, and the spec says stop
+    ├── StageFailed           4   a stage broke; what was finished before is kept
+    └── TryAgain              75  another run holds the lock, or the process was told to stop
+
+`specs.load.SpecError`, raised by the grammar, which imports nothing of ours, ends with 2 as well.
+"""
+
+
+class TriviumError(Exception):
+    """Anything that ends a command. The message is for people: what was found, where, what to do."""
+
+    exit_code = 1
+
+
+class InvalidInput(TriviumError):
+    """A spec, a model or data that cannot be used."""
+
+    exit_code = 2
+
+
+class GateRefused(TriviumError):
+    """A gate did not pass and the spec says to stop."""
+
+    exit_code = 3
+
+
+class StageFailed(TriviumError):
+    """A stage broke. What was published before it is kept, and a rerun goes on from there."""
+
+    exit_code = 4
+
+
+class TryAgain(TriviumError):
+    """The work can go on later: another process holds the lock, or this one was told to stop."""
+
+    exit_code = 75
+
+
+BY_EXIT_CODE: dict[int, type[TriviumError]] = {
+    error.exit_code: error for error in (TriviumError, InvalidInput, GateRefused, StageFailed, TryAgain)
+}
+"""How a parent process turns a stage's exit code back into its error."""

@@ -1,0 +1,74 @@
+"""Instruction fine-tuning: learn to answer, on TRL's SFT trainer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from specs.train import IftTrainSpec
+from stages.conversation import encode_conversation, turn_terminator
+from stages.cpt import sft_trainer
+from stages.data import Normaliser
+from stages.objective import MaskReport, ObjectiveSpec
+from stages.rows import Row, conversation_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+IGNORED = -100
+"""The label that the loss skips."""
+
+
+class Ift(ObjectiveSpec):
+    """Instruction fine-tuning: only what the assistant says is learned, and the token that ends its turn."""
+
+    kind: Literal["ift"]
+    train: IftTrainSpec
+
+    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
+    normalise: ClassVar[Normaliser] = staticmethod(conversation_row)
+    needs_chat_template: ClassVar[bool] = True
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Packing and length in TRL's terms; rows come cut to length, so no packing cuts them again."""
+        return {
+            "max_length": self.train.sequence_length,
+            "packing": self.train.packing,
+            "packing_strategy": "bfd",
+        }
+
+    def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
+        """Conversations as token ids and labels; rows with nothing left to learn are dropped and counted."""
+        from datasets import Dataset
+
+        length = self.train.sequence_length
+        terminator = turn_terminator(tokenizer)
+        kept_ids, kept_labels = [], []
+        truncated = ended = 0
+        for row in rows:
+            ids, mask = encode_conversation(tokenizer, row["messages"])
+            truncated += len(ids) > length
+            labels = [token if on else IGNORED for token, on in zip(ids[:length], mask[:length], strict=True)]
+            if any(label != IGNORED for label in labels):
+                kept_ids.append(ids[:length])
+                kept_labels.append(labels)
+                ended += terminator in labels
+        report = MaskReport(
+            rows=len(rows),
+            tokens=sum(map(len, kept_ids)),
+            trained_tokens=sum(label != IGNORED for labels in kept_labels for label in labels),
+            truncated_rows=truncated,
+            dropped_rows=len(rows) - len(kept_ids),
+            terminator_trained=None if terminator is None else ended == len(kept_ids),
+        )
+        return Dataset.from_dict({"input_ids": kept_ids, "labels": kept_labels}), report
+
+    def trainer(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        dataset: "Dataset",
+        arguments: dict[str, Any],
+        callbacks: list["TrainerCallback"],
+    ) -> "Trainer":
+        """TRL's SFT trainer on ready token ids and labels."""
+        return sft_trainer(model, tokenizer, dataset, arguments, callbacks)

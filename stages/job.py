@@ -1,0 +1,55 @@
+"""What a stage's process is told: one file, complete, so that the same command reruns the stage by hand."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from specs.base import Spec
+from stages.pipeline import Pipeline
+
+
+class Measurement(Spec):
+    """One metric to measure, and where it is kept."""
+
+    metric: str
+    """Name of the metric in the spec."""
+    file: str
+    """The evaluation file to write."""
+    identity: dict[str, Any]
+    """What the evaluation depends on."""
+    chat_template: bool
+    """Whether a harness task is put as a user's turn."""
+    reference: str | None
+    """The evaluation file of the stage's start, for preferences."""
+
+
+class Job(Spec):
+    """The work of one process: make an artifact, or measure one, or both."""
+
+    kind: Literal["base", "stage", "release"]
+    pipeline: Pipeline
+    folder: str
+    """What relative paths in the spec start from."""
+    name: str
+    """The step's name: `base`, a stage's, or `release`."""
+    identity: dict[str, Any]
+    """The document whose fingerprint is the artifact's identity."""
+    target: str
+    """Where the artifact is published."""
+    work: str
+    """Where it is made; kept over crashes, so that a rerun resumes."""
+    start: str | None
+    """The artifact that the step starts from; None for the base."""
+    make: bool
+    """Whether the artifact is to be made; if not, it is there and only measurements are missing."""
+    measurements: tuple[Measurement, ...]
+    """In the order of the spec."""
+
+    @property
+    def lock(self) -> Path:
+        """The lock that admits one writer to this step."""
+        return Path(self.target).parent / ".locks" / f"{Path(self.target).name}.lock"
+
+
+def read_job(path: Path) -> Job:
+    """The job in a file that `write_job` wrote."""
+    return Job.model_validate_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,41 @@
+"""One writer per stage, by the kernel's file lock: it is freed when its holder dies, however it dies."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.errors import TryAgain
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock at ``path``.
+
+    Raises:
+        TryAgain: another process holds it; the message names its pid and host.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise TryAgain(
+                f"{path.stem} is being worked on by {_holder(file.read())}; wait for it, then run again"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+
+
+def _holder(text: str) -> str:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return "another process"
+    return f"process {record['pid']} on {record['host']}"

@@ -1,0 +1,53 @@
+"""What a stage's process tells the one that started it: JSON lines on a channel of their own."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+_channel: TextIO | None = None
+_phase = ""
+
+
+def open_channel(log_file: Path) -> None:
+    """Keep today's stdout for events and send everything else that prints to ``log_file``."""
+    global _channel  # noqa: PLW0603 - one process has one stdout
+    if _channel is None:
+        _channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def event(kind: str, **fields: Any) -> None:
+    """Tell the parent something; silently dropped where nobody listens (a library call, a dead parent)."""
+    if _channel is None:
+        return
+    with suppress(BrokenPipeError, ValueError):
+        _channel.write(json.dumps({"event": kind, "phase": _phase, **fields}) + "\n")
+
+
+def info(message: str) -> None:
+    """A line for people: in the log and on the terminal of whoever started the run."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201 - stderr is the log file
+    event("info", message=message)
+
+
+@contextmanager
+def phase(name: str, durations: dict[str, float]) -> Iterator[None]:
+    """Announce a phase, time it by the monotonic clock and add its seconds to ``durations``."""
+    global _phase  # noqa: PLW0603
+    _phase = name
+    event("phase_started")
+    started = time.monotonic()
+    yield
+    durations[name] = durations.get(name, 0.0) + time.monotonic() - started
+    event("phase_done", seconds=round(durations[name], 3))

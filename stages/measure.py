@@ -1,0 +1,69 @@
+"""A measured value that knows its noise: kept per example, so that two models are compared on the same ones."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A ratio of sums over examples: accuracy (hits / 1), bits per byte (bits / bytes), and so on.
+
+    Where a library gives no per-example values, ``numerators`` is empty and the value and its error are
+    the library's.
+    """
+
+    value: float
+    standard_error: float | None
+    n: int
+    better: Literal["higher", "lower"]
+    numerators: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The measure as evaluation files keep it."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Measure":
+        """The measure that `as_json` wrote."""
+        return cls(**kept | {"numerators": tuple(kept["numerators"]), "weights": tuple(kept["weights"])})
+
+
+def ratio(numerators: list[float], weights: list[float], better: Literal["higher", "lower"]) -> Measure:
+    """The measure sum(numerators) / sum(weights) with the standard error of a ratio estimator.
+
+    Raises:
+        ValueError: no examples, or no weight.
+    """
+    total = math.fsum(weights)
+    if not weights or total <= 0:
+        raise ValueError("nothing to measure: no examples")
+    value = math.fsum(numerators) / total
+    residuals = [top - value * weight for top, weight in zip(numerators, weights, strict=True)]
+    return Measure(value, _error(residuals, total), len(weights), better, tuple(numerators), tuple(weights))
+
+
+def difference(ours: Measure, theirs: Measure) -> tuple[float, float | None]:
+    """How much ``ours`` differs from ``theirs``, and the standard error of that.
+
+    Paired where both were measured on the same examples; else the errors add in quadrature.
+    """
+    change = ours.value - theirs.value
+    if ours.numerators and ours.weights == theirs.weights:
+        total = math.fsum(ours.weights)
+        residuals = [
+            a - b - change * weight
+            for a, b, weight in zip(ours.numerators, theirs.numerators, ours.weights, strict=True)
+        ]
+        return change, _error(residuals, total)
+    if ours.standard_error is None or theirs.standard_error is None:
+        return change, None
+    return change, math.hypot(ours.standard_error, theirs.standard_error)
+
+
+def _error(residuals: list[float], total: float) -> float | None:
+    n = len(residuals)
+    if n < 2:
+        return None
+    return math.sqrt(n / (n - 1) * math.fsum(value * value for value in residuals)) / total

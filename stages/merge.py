@@ -1,0 +1,112 @@
+"""The verified hand-over: merge, write, reload as a plain model, compare with what was trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import probe
+from stages.errors import StageFailed
+from stages.methods.base import MethodSpec
+from stages.model import load_plain, save_plain, set_stop_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CONFIG_MAY_DIFFER = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "use_cache",
+    "eos_token_id",
+    "pad_token_id",
+}
+
+
+def hand_over(
+    method: MethodSpec,
+    trained: "torch.nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    start: Path,
+    folder: Path,
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Merge a trained model, write it to ``folder`` and prove that what was written is what was trained.
+
+    Args:
+        method: how the model was adapted.
+        trained: the live trained model.
+        tokenizer: written beside the weights.
+        start: the plain checkpoint that the stage started from.
+        folder: gets ``model/`` and ``probe.safetensors``.
+
+    Returns:
+        The reloaded plain model (float32, on the CPU) and the record: the largest and the root mean square
+        difference in logits, and what training changed.
+
+    Raises:
+        StageFailed: the reloaded model is not the trained one.
+    """
+    from stages.artifact import MODEL
+
+    live = method.for_float32_logits(trained)
+    ids = probe.probe_ids(_vocabulary(live))
+    wanted = probe.logits(live, ids)
+    plain = method.finish(live, start)
+    set_stop_tokens(plain, tokenizer)
+    expected_keys, expected_config = set(plain.state_dict()), _config(plain)
+    save_plain(plain, tokenizer, folder / MODEL)
+    del plain, live
+    reloaded = load_plain(folder / MODEL, _float32())
+    found = probe.logits(reloaded, ids)
+    error = float((found - wanted).abs().max())
+    problems = _differences(reloaded, expected_keys, expected_config, start)
+    if not error <= method.merge_tolerance:
+        problems.append(f"logits differ by {error:.2g}, allowed {method.merge_tolerance:g}")
+    if problems:
+        raise StageFailed(
+            f"the merge of method {method.kind} is not the trained model: {'; '.join(problems)}. Nothing is "
+            "published; the trained state is kept and a rerun merges again"
+        )
+    probe.record(folder, ids, found)
+    rms = float((found - wanted).square().mean().sqrt())
+    return reloaded, {"max_logit_error": error, "rms_logit_error": rms, "tolerance": method.merge_tolerance}
+
+
+def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path) -> list[str]:
+    import torch
+
+    problems = []
+    if set(reloaded.state_dict()) != keys:
+        problems.append(f"other weights than written: {sorted(set(reloaded.state_dict()) ^ keys)[:3]}")
+    original = _config_file(start)
+    changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER
+    if changed:
+        problems.append(f"the config changed in {', '.join(sorted(changed))}")
+    broken = [name for name, p in reloaded.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        problems.append(f"inf or nan in {', '.join(broken[:3])}")
+    return problems
+
+
+def _config(model: "PreTrainedModel") -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(model.config.to_json_string(use_diff=False)))
+
+
+def _config_file(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    import json
+
+    return dict(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _float32() -> "torch.dtype":
+    import torch
+
+    return torch.float32

@@ -1,0 +1,79 @@
+"""Bits per byte of held-out text, or of the assistant's part of held-out conversations."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specs.gate import PerplexitySpec
+from stages.conversation import Encoded, encode_conversation
+from stages.data import read_source
+from stages.measure import Measure, ratio
+from stages.metrics.scoring import log_likelihoods
+from stages.rows import Row, any_scored_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT = "bits_per_byte"
+
+
+def measure(
+    spec: PerplexitySpec, folder: Path, model: Any, tokenizer: "PreTrainedTokenizerBase", label: str
+) -> tuple[dict[str, Measure], dict[str, Any]]:
+    """Score every row; documents longer than the window are scored window by window.
+
+    Returns:
+        The measure `bits_per_byte`, and what is shown beside it: word perplexity, tokens, words, bytes.
+    """
+    rows = list(read_source(spec.data, folder, any_scored_row))
+    windows: list[Encoded] = []
+    owner: list[int] = []
+    for number, row in enumerate(rows):
+        for window in _windows(row, tokenizer, spec.sequence_length):
+            windows.append(window)
+            owner.append(number)
+    scores = log_likelihoods(model, windows, spec.batch_size, label)
+    bits = [0.0] * len(rows)
+    for number, score in zip(owner, scores, strict=True):
+        bits[number] -= score / math.log(2)
+    texts = [_scored_text(row) for row in rows]
+    sizes = [float(len(text.encode())) for text in texts]
+    words = sum(len(text.split()) for text in texts)
+    shown = {
+        "word_perplexity": _finite(math.fsum(bits) / max(1, words)),
+        "tokens": sum(sum(window.mask) for window in windows),
+        "words": words,
+        "bytes": int(sum(sizes)),
+    }
+    return {DEFAULT: ratio(bits, sizes, "lower")}, shown
+
+
+def _finite(bits_per_word: float) -> float | None:
+    """2 ** bits per word, or None where that overflows: on a weak model word perplexity explodes."""
+    return 2**bits_per_word if bits_per_word < 512 else None
+
+
+def _scored_text(row: Row) -> str:
+    if "text" in row:
+        return str(row["text"])
+    return "".join(turn["content"] for turn in row["messages"] if turn["role"] == "assistant")
+
+
+def _windows(row: Row, tokenizer: "PreTrainedTokenizerBase", length: int) -> list[Encoded]:
+    """The row as sequences whose marked tokens cover it once.
+
+    Text starts from the bos (or eos) token; each window after the first starts from the last token of the
+    one before, as the LM evaluation harness does it.
+    """
+    if "messages" in row:
+        ids, mask = encode_conversation(tokenizer, row["messages"])
+        return [Encoded(ids[-length:], mask[-length:])]
+    found: Any = tokenizer(row["text"], add_special_tokens=False, verbose=False)
+    ids = found["input_ids"]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    windows = []
+    for start in range(0, len(ids), length):
+        before = [first if start == 0 else ids[start - 1]]
+        part = ids[start : start + length]
+        windows.append(Encoded(before + part, [False] + [True] * len(part)))
+    return windows

@@ -1,0 +1,152 @@
+"""Checkpoints in and out: load a plain one, convert a GGUF, write one that any tool reads."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from stages.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GGUF_PRE_TOKENIZERS = ("default", "gpt-2", "smollm")
+"""Values of `tokenizer.ggml.pre` whose rule we restore; the import of transformers drops it."""
+
+
+def training_device() -> str:
+    """Where stages train and evaluate: the first GPU, or the CPU. Merges and checks are always on the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settings: Any) -> "PreTrainedModel":
+    """A causal language model from safetensors, never running code that comes with it.
+
+    Raises:
+        InvalidInput: the folder holds no such model; the library's own reason is in the message.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **settings,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InvalidInput(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+    return cast("PreTrainedModel", model)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        InvalidInput: there is none, or it is not a fast one (masks need character offsets).
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{folder}: no tokenizer can be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise InvalidInput(f"{folder}: the tokenizer is a slow one; convert it to tokenizer.json first")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def save_plain(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write model, config, generation config, tokenizer and chat template in the standard layout."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let the generation config stop at the end of a chat turn as well as at the end of text."""
+    from stages.conversation import turn_terminator
+
+    config = model.generation_config
+    if config is None:
+        return
+    stops = config.eos_token_id
+    known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    wanted = [tokenizer.eos_token_id, turn_terminator(tokenizer) if tokenizer.chat_template else None]
+    known += [token for token in dict.fromkeys(wanted) if token is not None and token not in known]
+    config.eos_token_id = known[0] if len(known) == 1 else known
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a plain checkpoint: float weights, config, tokenizer.
+
+    Raises:
+        InvalidInput: not a GGUF file, or its tokenizer has a pre-tokenizer whose rule we cannot restore.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rule, context = _gguf_metadata(file)
+    try:
+        source = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InvalidInput(f"{file}: cannot be converted: {error}") from error
+    config = source.config
+    # Left in, it marks the weights as quantised, and the plain checkpoint could not be written.
+    config.__dict__.pop("quantization_config", None)
+    if hasattr(config, "rms_norm_eps"):
+        config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")  # GGUF keeps it as float32: 9.9999997e-06
+    model = type(source)(config).to(torch.bfloat16)
+    model.load_state_dict(source.state_dict())
+    model.generation_config = source.generation_config
+    restore_pre_tokenizer(tokenizer, rule)
+    tokenizer.model_max_length = context
+    set_stop_tokens(model, tokenizer)
+    save_plain(model, tokenizer, folder)
+
+
+def restore_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", rule: str) -> None:
+    """Put back the splitting rule that GGUF names and the import drops: other ids mean another model."""
+    from tokenizers import pre_tokenizers
+
+    if rule == "smollm":
+        backend = cast("Any", tokenizer).backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+
+
+def _gguf_metadata(file: Path) -> tuple[str, int]:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except (OSError, ValueError, IndexError) as error:
+        raise InvalidInput(f"{file}: not a GGUF file that can be read: {error}") from error
+
+    def value(name: str, default: Any) -> Any:
+        field = reader.get_field(name)
+        return default if field is None else field.contents()
+
+    kind = value("tokenizer.ggml.model", "gpt2")
+    rule = value("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and rule not in GGUF_PRE_TOKENIZERS:
+        raise InvalidInput(
+            f"{file}: its tokenizer splits text by the rule {rule!r}, which cannot be restored from a GGUF "
+            f"(known: {', '.join(GGUF_PRE_TOKENIZERS)}); use the model's original safetensors folder"
+        )
+    architecture = value("general.architecture", "llama")
+    return rule, int(value(f"{architecture}.context_length", 2048))

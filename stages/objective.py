@@ -1,0 +1,81 @@
+"""The contract of an objective, and what its masks came to."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from specs.pipeline import StageSpec
+from stages.data import Normaliser
+from stages.errors import InvalidInput
+from stages.methods import Method
+from stages.rows import Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+
+@dataclass(frozen=True, slots=True)
+class MaskReport:
+    """What a stage really trains on."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated_rows: int
+    """Rows longer than the sequence length; their end is not seen."""
+    dropped_rows: int
+    """Rows of which no trained token is left within the sequence length."""
+    terminator_trained: bool | None
+    """Whether the token that ends a turn (or a document) is learned; None where there is none."""
+
+    def as_record(self) -> dict[str, Any]:
+        """For manifests and tables, with the share that is trained."""
+        return asdict(self) | {"trained_share": round(self.trained_tokens / max(1, self.tokens), 4)}
+
+    def checked(self, stage: str) -> "MaskReport":
+        """The report itself.
+
+        Raises:
+            InvalidInput: nothing would be trained.
+        """
+        if self.trained_tokens == 0:
+            raise InvalidInput(
+                f"stage {stage}: no token would be trained ({self.rows} rows, {self.dropped_rows} of them have "
+                "nothing to learn within train.sequence_length); raise it, or look at the rows"
+            )
+        return self
+
+
+class ObjectiveSpec(StageSpec):
+    """What a stage learns from its rows. One subclass per file."""
+
+    method: Method
+
+    version: ClassVar[int] = 1
+    """Part of a stage's identity: raise it when the objective computes something else."""
+    trainer_config: ClassVar[tuple[str, str]]
+    """Module and name of the trainer's arguments class, for checking `train.extra` without importing it."""
+    normalise: ClassVar[Normaliser]
+    """What a row must look like."""
+    needs_chat_template: ClassVar[bool] = False
+    """Whether rows are conversations."""
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The objective's own fields in the trainer library's terms."""
+        raise TypeError(f"objective {self.kind} has no trainer")
+
+    def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
+        """The rows as the trainer takes them, and what their masks came to."""
+        raise TypeError(f"objective {self.kind} has no dataset")
+
+    def trainer(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        dataset: "Dataset",
+        arguments: dict[str, Any],
+        callbacks: list["TrainerCallback"],
+    ) -> "Trainer":
+        """The library's trainer, ready to run."""
+        raise TypeError(f"objective {self.kind} has no trainer")

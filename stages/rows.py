@@ -1,0 +1,119 @@
+"""What a row must look like, per objective. Each function normalises one row or says what is wrong with it."""
+
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Row = dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, the reader adds file and line."""
+
+
+def text_row(row: Row) -> Row:
+    """A document: ``{"text": str}``."""
+    return {"text": _text(row, "text")}
+
+
+def conversation_row(row: Row) -> Row:
+    """A conversation: ``{"messages": [{"role", "content"}, ...]}``, ending with the assistant.
+
+    Accepts `messages`, `prompt` and `completion` (strings or message lists), or Alpaca's `instruction`,
+    `input` and `output`.
+    """
+    if "messages" in row:
+        messages = _messages(row, "messages")
+    elif "completion" in row:
+        messages = [*_turns(row, "prompt", "user"), *_turns(row, "completion", "assistant")]
+    elif "output" in row:
+        extra = row.get("input") or ""
+        if not isinstance(extra, str):
+            raise BadRow(f"column 'input' holds {_kind(extra)}; expected text")
+        question = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": _text(row, "output")},
+        ]
+    else:
+        raise BadRow(f"columns {_columns(row)}; expected messages, or prompt and completion, or instruction and output")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(f"the last message is the {messages[-1]['role']}'s; expected the assistant's")
+    return {"messages": messages}
+
+
+def preference_row(row: Row) -> Row:
+    """A pair: ``{"prompt": messages, "chosen": messages, "rejected": messages}``.
+
+    The prompt is explicit (`prompt`), or implicit: what `chosen` and `rejected`, as message lists, share.
+    """
+    chosen = _turns(row, "chosen", "assistant")
+    rejected = _turns(row, "rejected", "assistant")
+    if "prompt" in row:
+        prompt = _turns(row, "prompt", "user")
+    else:
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt and isinstance(row["chosen"], list):
+            raise BadRow("chosen and rejected share no first message, and there is no column 'prompt'")
+        if not prompt:
+            raise BadRow("no column 'prompt'; plain text answers need one")
+    if chosen == rejected or not chosen or not rejected:
+        raise BadRow("chosen and rejected are the same")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
+            raise BadRow(f"{name} is not one assistant message after the prompt")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def any_scored_row(row: Row) -> Row:
+    """A row that perplexity can score: a document where there is `text`, else a conversation."""
+    return text_row(row) if "text" in row else conversation_row(row)
+
+
+def _text(row: Row, column: str) -> str:
+    if column not in row:
+        raise BadRow(f"no column {column!r}; columns: {_columns(row)}")
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRow(f"column {column!r} holds {_kind(value)}; expected text")
+    if not value.strip():
+        raise BadRow(f"column {column!r} is empty")
+    if "\0" in value:
+        raise BadRow(f"column {column!r} holds a NUL character")
+    return value
+
+
+def _turns(row: Row, column: str, role: str) -> list[dict[str, str]]:
+    if isinstance(row.get(column), (list, tuple)):
+        return _messages(row, column)
+    return [{"role": role, "content": _text(row, column)}]
+
+
+def _messages(row: Row, column: str) -> list[dict[str, str]]:
+    value = row[column]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise BadRow(f"column {column!r} holds {_kind(value)}; expected a list of messages")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = message.get("role") if isinstance(message, dict) else message
+            raise BadRow(f"{column}[{number}] has role {found!r}; allowed: {', '.join(ROLES)}")
+        try:
+            content = _text(message, "content")
+        except BadRow as error:
+            raise BadRow(f"{column}[{number}]: {error}") from None
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    return f"{type(value).__name__} {repr(value)[:40]}"

@@ -1,0 +1,310 @@
+"""One step, from its job file to its published artifact: ``python -m stages.run JOB``.
+
+Read `run_job` top to bottom: it is the whole life of a stage. With ``--wait`` the process imports the heavy
+libraries first and then reads the path of its job from stdin, so that a chain's next stage costs no imports.
+"""
+
+import gc
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specs.pipeline import BASE
+from stages import probe
+from stages.artifact import ADAPTER, MODEL, Artifact, publish, read, verified, write_json
+from stages.base import prepare_base
+from stages.data import mixed
+from stages.errors import InvalidInput, StageFailed, TriviumError
+from stages.job import Job, read_job
+from stages.lock import exclusive
+from stages.log import event, info, open_channel, phase
+from stages.merge import hand_over
+from stages.methods.base import Prepared
+from stages.model import load_plain, load_tokenizer, save_plain, training_device
+from stages.objective import ObjectiveSpec
+from stages.plan import TRAINING_LIBRARIES, data_digests, versions
+from stages.train import Preemption, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXACT_START = 1e-4
+"""Largest difference in logits, at float32, that adapting a start model may make."""
+
+
+def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
+    """Make the job's artifact if it is missing, then the measurements that are.
+
+    Raises:
+        TriviumError: the reason, for people; whatever was published before stays.
+    """
+    durations: dict[str, float] = {}
+    with exclusive(job.lock):
+        artifact = read(Path(job.target)) if Path(job.target).exists() else None
+        model = None
+        if artifact is None:
+            work = Path(job.work)
+            work.mkdir(parents=True, exist_ok=True)
+            make = {BASE: _make_base, "release": _make_release}.get(job.kind, _make_stage)
+            model, artifact = make(job, work, durations, preemption)
+        if job.measurements:
+            with phase("evaluate", durations):
+                _measure(job, artifact, model)
+    event("finished", artifact=str(artifact.path), durations=durations, peak_memory=peak_memory())
+    return artifact
+
+
+def _make_base(
+    job: Job, work: Path, durations: dict[str, float], _: Preemption | None
+) -> tuple["PreTrainedModel", Artifact]:
+    with phase("load", durations):
+        shutil.rmtree(work)
+        work.mkdir()
+        model, record = prepare_base(job, work)
+        return model, _publish(job, work, durations, record)
+
+
+def _make_stage(
+    job: Job, work: Path, durations: dict[str, float], preemption: Preemption | None
+) -> tuple["PreTrainedModel", Artifact]:
+    stage = _stage(job)
+    start = _start(job)
+    with phase("load", durations):
+        tokenizer = load_tokenizer(start.model)
+        rows = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
+        dataset, masks = stage.dataset(rows, tokenizer)
+        masks.checked(stage.name)
+        prepared, start_record = _prepare(stage, start, job.pipeline.seed_of(stage))
+    with phase("train", durations):
+        training = fit(
+            stage,
+            prepared,
+            tokenizer,
+            dataset,
+            seed=job.pipeline.seed_of(stage),
+            folder=work / "checkpoints",
+            preemption=preemption,
+        )
+    with phase("merge", durations):
+        _same_inputs(job, stage)
+        output = work / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        if hasattr(prepared.model, "peft_config"):
+            prepared.model.save_pretrained(output / ADAPTER, selected_adapters=["default"])
+        model, handed = hand_over(stage.method, prepared.model, tokenizer, start.model, output)
+        info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most")
+        details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
+        write_json(output / "training.json", details)
+        _draw(output, training, prepared.record)
+        curve = training.pop("curve")
+        record = {
+            "stage": stage.name,
+            "kind": stage.kind,
+            "method": stage.method.kind,
+            "training": training | {"first_logged_loss": curve[0]["loss"] if curve else None},
+            "masks": masks.as_record(),
+            "hand_over": handed,
+            **start_record,
+        }
+        artifact = _publish(job, output, durations, record)
+        shutil.rmtree(work, ignore_errors=True)
+    del prepared
+    gc.collect()
+    return model, artifact
+
+
+def _make_release(
+    job: Job, work: Path, durations: dict[str, float], _: Preemption | None
+) -> tuple["PreTrainedModel", Artifact]:
+    """Cast the last stage's model to the dtype of the spec and prove that nothing else changed."""
+    import torch
+
+    with phase("release", durations):
+        shutil.rmtree(work)
+        work.mkdir()
+        start = _start(job)
+        dtype = getattr(torch, job.pipeline.model.dtype)
+        model = load_plain(start.model, dtype)
+        save_plain(model, load_tokenizer(start.model), work / MODEL)
+        again = load_plain(work / MODEL, dtype)
+        ids = probe.probe_ids(int(again.get_input_embeddings().weight.shape[0]))
+        found = probe.logits(again, ids)
+        if not torch.equal(found, probe.logits(model, ids)):
+            raise StageFailed("the released model is not the last stage's; nothing is released")
+        probe.record(work, ids, found)
+        return again, _publish(job, work, durations, {"dtype": job.pipeline.model.dtype})
+
+
+def _stage(job: Job) -> ObjectiveSpec:
+    return next(stage for stage in job.pipeline.stages if stage.name == job.name)
+
+
+def _start(job: Job) -> Artifact:
+    artifact = read(Path(str(job.start)))
+    if artifact is None:
+        raise StageFailed(f"{job.start}: the step before was not published; run `trivium run` on the whole spec")
+    return verified(artifact)
+
+
+def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared, dict[str, Any]]:
+    """Load the start, prove that it is what was published, adapt it, and prove that this changed nothing."""
+    import torch
+    from transformers import set_seed
+
+    set_seed(seed)
+    plain = load_plain(start.model, torch.float32)
+    start_error = probe.check_start(plain, start.path)
+    ids = probe.probe_ids(int(plain.get_input_embeddings().weight.shape[0]))
+    before = probe.logits(plain, ids)
+    dtype = getattr(torch, stage.train.weights_dtype)
+    exact = stage.method.starts_exactly and dtype == torch.float32
+    if exact:
+        model = plain.to(training_device())
+    else:
+        del plain
+        gc.collect()
+        model = stage.method.load(start.model, dtype)
+    prepared = stage.method.prepare(model)
+    difference = float((probe.logits(prepared.model, ids) - before).abs().max())
+    if exact and not difference <= EXACT_START:
+        raise StageFailed(
+            f"stage {stage.name}: preparing method {stage.method.kind} moved the model by {difference:.2g} in logits "
+            f"before the first step, allowed {EXACT_START:g}; this is a fault of ours, please report it"
+        )
+    record = {"start": {"reload_error": start_error, "adapted_difference": difference, "exact": exact}}
+    return prepared, record
+
+
+def _same_inputs(job: Job, stage: ObjectiveSpec) -> None:
+    """A file that changed while the stage ran must not be recorded as what it trained on."""
+    if data_digests(stage, Path(job.folder)) != job.identity["data"]:
+        raise InvalidInput(
+            f"stage {stage.name}: a data file changed while the stage ran; nothing is published, run again"
+        )
+
+
+def _draw(output: Path, training: dict[str, Any], method: dict[str, Any]) -> None:
+    from stages import plots
+
+    if training["curve"]:
+        plots.draw_loss(training["curve"], output / plots.LOSS)
+    if "spectrum" in method:
+        plots.draw_spectrum(method["spectrum"], output / plots.SPECTRUM)
+
+
+def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[str, Any]) -> Artifact:
+    record = record | {
+        "published": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(TRAINING_LIBRARIES),
+        "durations": {name: round(seconds, 3) for name, seconds in durations.items()},
+        "peak_memory": peak_memory(),
+    }
+    return publish(folder, Path(job.target), identity=job.identity, record=record)
+
+
+def _measure(job: Job, artifact: Artifact, model: "PreTrainedModel | None") -> None:
+    """Measure in the precision of the release, so that what gates judge is what people get."""
+    import torch
+
+    from stages import evaluate
+
+    tokenizer = load_tokenizer(artifact.model)
+    dtype = getattr(torch, job.pipeline.model.dtype)
+    if model is None:
+        model = load_plain(verified(artifact).model, dtype)
+    model = model.to(device=training_device(), dtype=dtype).eval()
+    for one in job.measurements:
+        reference = None if one.reference is None else evaluate.load(Path(one.reference))
+        found = evaluate.evaluate(
+            job.pipeline.metrics[one.metric],
+            one.metric,
+            Path(job.folder),
+            model,
+            tokenizer,
+            chat_template=one.chat_template,
+            reference=reference,
+        )
+        evaluate.save(found, Path(one.file), one.identity)
+        chosen = found.measure(None)
+        event("measured", metric=one.metric, value=None if chosen is None else chosen.value)
+
+
+def peak_memory() -> int:
+    """The largest amount of memory in bytes that this process held: on the GPU if there is one, else RSS."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def import_ahead() -> None:
+    """Import what a stage needs: half of a short stage's time, unless it is done while another one works."""
+    import datasets
+    import lm_eval
+    import lm_eval.models.huggingface
+    import peft
+    import torch
+    import trl
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    _ = (lm_eval, peft, trl.SFTTrainer, trl.DPOTrainer)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job; the exit code is that of `stages.errors`, and the reason is the last event."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    waiting = arguments == ["--wait"]
+    if waiting:
+        open_channel(Path(os.devnull))
+        import_ahead()
+        event("ready")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return 0
+        arguments = [line]
+    job_file = Path(arguments[0])
+    open_channel(job_file.with_suffix(".log"))
+    event("started", pid=os.getpid(), at=time.time())
+    try:
+        if not waiting:
+            import_ahead()
+        run_job(read_job(job_file), Preemption())
+    except TriviumError as error:
+        event("failed", exit_code=error.exit_code, reason=str(error))
+        return error.exit_code
+    except MemoryError:
+        return _out_of_memory()
+    except Exception as error:
+        traceback.print_exc()
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            return _out_of_memory()
+        event("failed", exit_code=StageFailed.exit_code, reason=f"{type(error).__name__}: {error}"[:2000])
+        return StageFailed.exit_code
+    return 0
+
+
+def _out_of_memory() -> int:
+    with suppress(Exception):
+        gc.collect()
+    reason = (
+        "out of memory; lower train.micro_batch_size (batch_size stays), lower train.sequence_length, or set "
+        "train.gradient_checkpointing, then run again: it resumes"
+    )
+    event("failed", exit_code=StageFailed.exit_code, reason=reason)
+    return StageFailed.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""The one translation from a spec's `train` to the trainer library, and the loop around it."""
+
+import ast
+import importlib.util
+import math
+import signal
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import checkpoint
+from stages.errors import StageFailed, TryAgain
+from stages.log import event, info
+from stages.methods.base import Prepared
+from stages.objective import ObjectiveSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+FIRST_LOSS_TOLERANCE = 0.02
+"""How far DPO's first loss may be from its value for equal models: autocast rounds log-probabilities."""
+
+
+def trainer_arguments(stage: ObjectiveSpec, *, seed: int, folder: Path, bfloat16: bool, cpu: bool) -> dict[str, Any]:
+    """Every argument of the trainer that a spec decides, by the trainer's own names.
+
+    Args:
+        stage: the stage as the spec has it.
+        seed: the stage's seed or the pipeline's.
+        folder: where resumable checkpoints go.
+        bfloat16: whether the forward pass runs under bfloat16 autocast.
+        cpu: whether there is no GPU.
+    """
+    train = stage.train
+    return {
+        "output_dir": str(folder),
+        "learning_rate": train.learning_rate,
+        "num_train_epochs": train.epochs if train.epochs is not None else 1,
+        "max_steps": train.max_steps if train.max_steps is not None else -1,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "lr_scheduler_type": train.schedule,
+        "warmup_steps": train.warmup_ratio,
+        "optim": _OPTIMIZERS[train.optimizer],
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": bfloat16,
+        "use_cpu": cpu,
+        "activation_checkpointing": train.gradient_checkpointing,
+        "seed": seed,
+        "data_seed": seed,
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_every,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # on, it reports a finite loss for a model that is all nan
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not cpu,
+        **stage.trainer_arguments(),
+        **train.extra,
+    }
+
+
+@cache
+def known_arguments(module: str, name: str) -> frozenset[str]:
+    """The argument names of a trainer's configuration class, read from its source without importing it."""
+    package = importlib.util.find_spec(module.partition(".")[0])
+    if package is None or package.origin is None:
+        return frozenset()
+    file = Path(package.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    names: set[str] = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imports = {alias.name: node for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or node.name != name:
+            continue
+        names |= {
+            item.target.id
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
+        for parent in node.bases:
+            names |= _inherited(module, parent, imports)
+    return frozenset(names)
+
+
+def _inherited(module: str, parent: ast.expr, imports: dict[str, ast.ImportFrom]) -> frozenset[str]:
+    if not isinstance(parent, ast.Name):
+        return frozenset()
+    if parent.id == "TrainingArguments":
+        return known_arguments("transformers.training_args", parent.id)
+    source = imports.get(parent.id)
+    if source is None:
+        return frozenset()
+    home = module.rsplit(".", source.level)[0] if source.level else ""
+    return known_arguments(f"{home}.{source.module}".strip("."), parent.id)
+
+
+def extra_problems(stage: ObjectiveSpec) -> list[tuple[str, str]]:
+    """What is wrong with `train.extra`: the key, and a message."""
+    known = known_arguments(*stage.trainer_config)
+    ours = set(
+        trainer_arguments(
+            stage.model_copy(update={"train": stage.train.model_copy(update={"extra": {}})}),
+            seed=0,
+            folder=Path(),
+            bfloat16=False,
+            cpu=True,
+        )
+    )
+    problems = []
+    for key in stage.train.extra:
+        if key in ours:
+            problems.append((key, f"{key!r} is decided by the fields of train; remove it here"))
+        elif key not in known:
+            from difflib import get_close_matches
+
+            near = get_close_matches(key, known, 3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            problems.append((key, f"the trainer ({stage.trainer_config[1]}) has no argument {key!r}{hint}"))
+    return problems
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this device multiplies in bfloat16 itself; elsewhere autocast would only cost time."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Preemption:
+    """SIGTERM as a flag that the next step boundary reads; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        """Listen from now on; in the main thread only."""
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fit(
+    stage: ObjectiveSpec,
+    prepared: Prepared,
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset",
+    *,
+    seed: int,
+    folder: Path,
+    preemption: Preemption | None,
+) -> dict[str, Any]:
+    """Train to the end, resuming from the newest whole checkpoint in ``folder``.
+
+    Returns:
+        The record of the run: steps, tokens, the loss curve, precision.
+
+    Raises:
+        StageFailed: a non-finite loss, or an invariant that does not hold.
+        TryAgain: SIGTERM came; a sealed checkpoint was left behind.
+    """
+    import torch
+
+    cpu = not torch.cuda.is_available()
+    wanted = stage.train.precision
+    bfloat16 = computes_in_bfloat16() if wanted == "auto" else wanted == "bfloat16"
+    arguments = trainer_arguments(stage, seed=seed, folder=folder, bfloat16=bfloat16, cpu=cpu)
+    watcher = _watcher(stage, folder, preemption)
+    trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
+    _check_trainable(trainer.model, prepared.trainable, stage)
+    resume = checkpoint.newest_whole(folder)
+    if resume is not None:
+        info(f"resuming at step {checkpoint.step_of(resume)}")
+    result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    # Accelerate leaves its autocast wrapped around forward: merges would be compared in bfloat16.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if preemption is not None and preemption.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise TryAgain(f"told to stop; kept step {trainer.state.global_step} of {trainer.state.max_steps}")
+    curve = [
+        {
+            key: entry.get(key)
+            for key in ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return {
+        "steps": trainer.state.global_step,
+        "sequences": len(trainer.train_dataset),
+        "precision": "bfloat16" if bfloat16 else "float32",
+        "device": trainer.args.device.type,
+        "final_loss": result.training_loss,
+        "curve": curve,
+        "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
+    }
+
+
+def _check_trainable(model: Any, planned: frozenset[str], stage: ObjectiveSpec) -> None:
+    import torch
+
+    actual = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not planned or actual != planned:
+        extra, missing = sorted(actual - planned)[:3], sorted(planned - actual)[:3]
+        raise StageFailed(
+            f"stage {stage.name}: {len(actual)} parameters would train where method {stage.method.kind} planned "
+            f"{len(planned)} (unplanned: {extra}, missing: {missing}); this is a fault of ours, please report it"
+        )
+    # TRL casts the adapters of quantised models to bfloat16, in which small updates are rounded away.
+    for name, parameter in model.named_parameters():
+        if name in planned:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) -> "TrainerCallback":
+    """A callback that reports progress, stops on nan, seals checkpoints and honours SIGTERM."""
+    from transformers import TrainerCallback
+
+    first_loss = getattr(stage, "first_loss", None)
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            event("progress", step=state.global_step, total=state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            values = {key: logs.get(key) for key in ("loss", "grad_norm", "learning_rate")}
+            _check_finite(stage, state.global_step, values)
+            if state.global_step == 1 and first_loss is not None:
+                _check_first_loss(stage, logs["loss"], first_loss)
+            event("progress", step=state.global_step, total=state.max_steps, **values)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if preemption is not None and preemption.asked:
+                control.should_save = True
+                control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            checkpoint.seal(folder / f"checkpoint-{state.global_step}")
+            checkpoint.prune(folder, stage.train.keep_checkpoints)
+
+    return Watcher()
+
+
+def _check_finite(stage: ObjectiveSpec, step: int, values: dict[str, Any]) -> None:
+    bad = {key: value for key, value in values.items() if value is not None and not math.isfinite(value)}
+    if bad:
+        raise StageFailed(
+            f"stage {stage.name}: {', '.join(bad)} is not finite at step {step} "
+            f"(learning rate {values['learning_rate']:g}); nothing of it is published. "
+            "Lower train.learning_rate, or train.max_grad_norm, and run again"
+        )
+
+
+def _check_first_loss(stage: ObjectiveSpec, found: float, expected: float) -> None:
+    if abs(found - expected) > FIRST_LOSS_TOLERANCE:
+        raise StageFailed(
+            f"stage {stage.name}: the first loss is {found:.4f}; policy and reference are the same model only "
+            f"at {expected:.4f}. The reference is wrong: this is a fault of ours, please report it"
+        )
