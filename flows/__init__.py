@@ -1,0 +1,1 @@
+"""When and where stages run: Prefect, processes and the command line. Never imports torch."""

@@ -137,9 +137,7 @@ def _serving(root: Path, port: int | None, seconds: float) -> Iterator[tuple[str
     home = _home(root)
     if record := _live_record(home):
         page, pid = record["url"].removesuffix("/api"), record["pid"]
-        raise ServerError(
-            f"this project's server already runs at {page}: use it, or stop it with `kill {pid}`"
-        )
+        raise ServerError(f"this project's server already runs at {page}: use it, or stop it with `kill {pid}`")
     if port is None:
         with socket.create_server((HOST, 0)) as free:
             port = free.getsockname()[1]
@@ -218,9 +216,7 @@ def _live_record(home: Path) -> dict[str, Any] | None:
 
 
 def _client(url: str, login: str, seconds: float) -> httpx.Client:
-    return httpx.Client(
-        base_url=url, auth=httpx.BasicAuth(*login.split(":")), trust_env=False, timeout=seconds
-    )
+    return httpx.Client(base_url=url, auth=httpx.BasicAuth(*login.split(":")), trust_env=False, timeout=seconds)
 
 
 def _is_free(port: int) -> bool:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import CptTrainSpec
 from stages.conversation import end_of_text
-from stages.data import Normaliser
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, text_row
 
@@ -23,7 +22,11 @@ class Cpt(ObjectiveSpec):
     train: CptTrainSpec
 
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
-    normalise: ClassVar[Normaliser] = staticmethod(text_row)
+
+    @staticmethod
+    def normalise(row: Row) -> Row:
+        """A document; see `stages.rows.text_row`."""
+        return text_row(row)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Packing and length in TRL's terms."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import DpoTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
-from stages.data import Normaliser
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, preference_row
 
@@ -22,8 +21,12 @@ class Dpo(ObjectiveSpec):
     train: DpoTrainSpec
 
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_config", "DPOConfig")
-    normalise: ClassVar[Normaliser] = staticmethod(preference_row)
     needs_chat_template: ClassVar[bool] = True
+
+    @staticmethod
+    def normalise(row: Row) -> Row:
+        """A pair; see `stages.rows.preference_row`."""
+        return preference_row(row)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Beta, loss and length in TRL's terms."""

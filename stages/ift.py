@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from specs.train import IftTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
 from stages.cpt import sft_trainer
-from stages.data import Normaliser
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, conversation_row
 
@@ -25,8 +24,12 @@ class Ift(ObjectiveSpec):
     train: IftTrainSpec
 
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
-    normalise: ClassVar[Normaliser] = staticmethod(conversation_row)
     needs_chat_template: ClassVar[bool] = True
+
+    @staticmethod
+    def normalise(row: Row) -> Row:
+        """A conversation; see `stages.rows.conversation_row`."""
+        return conversation_row(row)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Packing and length in TRL's terms; rows come cut to length, so no packing cuts them again."""

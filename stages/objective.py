@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specs.pipeline import StageSpec
-from stages.data import Normaliser
 from stages.errors import InvalidInput
 from stages.methods import Method
 from stages.rows import Row
@@ -56,10 +55,17 @@ class ObjectiveSpec(StageSpec):
     """Part of a stage's identity: raise it when the objective computes something else."""
     trainer_config: ClassVar[tuple[str, str]]
     """Module and name of the trainer's arguments class, for checking `train.extra` without importing it."""
-    normalise: ClassVar[Normaliser]
-    """What a row must look like."""
     needs_chat_template: ClassVar[bool] = False
     """Whether rows are conversations."""
+
+    @staticmethod
+    def normalise(row: Row) -> Row:
+        """The row as the objective takes it.
+
+        Raises:
+            stages.rows.BadRow: it cannot be used.
+        """
+        raise TypeError("an objective says what its rows look like")
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The objective's own fields in the trainer library's terms."""

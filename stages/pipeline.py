@@ -15,7 +15,7 @@ Stage = Annotated[Cpt | Ift | Dpo, Field(discriminator="kind")]
 """THE registry of objectives."""
 
 
-class Pipeline(PipelineSpec[Stage]):  # type: ignore[type-var]
+class Pipeline(PipelineSpec[Stage]):
     """A spec file, closed over the stages that exist."""
 
 

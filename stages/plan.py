@@ -113,7 +113,7 @@ class Plan:
         """What the process of ``step`` is told."""
         start = self.steps[step.order - 1] if step.order else None
         return Job(
-            kind="base" if step.order == 0 else RELEASE if step.name == RELEASE else "stage",
+            kind="base" if step.order == 0 else "stage" if step.stage is not None else "release",
             pipeline=self.pipeline,
             folder=str(self.folder),
             name=step.name,

@@ -1,7 +1,7 @@
 """A fixed batch whose logits say whether two models are the same one."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stages.errors import StageFailed
 
@@ -31,7 +31,7 @@ def logits(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
     with torch.no_grad():
         found = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
     model.train(training)
-    return found.float().cpu()
+    return cast("torch.Tensor", found.float().cpu())
 
 
 def record(folder: Path, ids: "torch.Tensor", found: "torch.Tensor") -> None:

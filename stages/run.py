@@ -4,17 +4,19 @@ Read `run_job` top to bottom: it is the whole life of a stage. With ``--wait`` t
 libraries first and then reads the path of its job from stdin, so that a chain's next stage costs no imports.
 """
 
+import ctypes
 import gc
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from specs.pipeline import BASE
 from stages import probe
@@ -35,6 +37,7 @@ from stages.train import Preemption, fit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 EXACT_START = 1e-4
 """Largest difference in logits, at float32, that adapting a start model may make."""
 
@@ -98,7 +101,7 @@ def _make_stage(
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
         if hasattr(prepared.model, "peft_config"):
-            prepared.model.save_pretrained(output / ADAPTER, selected_adapters=["default"])
+            cast("Any", prepared.model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
         model, handed = hand_over(stage.method, prepared.model, tokenizer, start.model, output)
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most")
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
@@ -265,8 +268,9 @@ def main(arguments: list[str]) -> int:
     """Run one job; the exit code is that of `stages.errors`, and the reason is the last event."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    waiting = arguments == ["--wait"]
+    waiting = arguments[:1] == ["--wait"]
     if waiting:
+        _die_with(int(arguments[1]))
         open_channel(Path(os.devnull))
         import_ahead()
         event("ready")
@@ -293,6 +297,14 @@ def main(arguments: list[str]) -> int:
         event("failed", exit_code=StageFailed.exit_code, reason=f"{type(error).__name__}: {error}"[:2000])
         return StageFailed.exit_code
     return 0
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel for a SIGTERM when the parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(0)
 
 
 def _out_of_memory() -> int:

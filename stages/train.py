@@ -135,21 +135,27 @@ def computes_in_bfloat16() -> bool:
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Preemption:
-    """SIGTERM as a flag that the next step boundary reads; a second one ends the process at once."""
+    """SIGTERM: while training, a flag that the next step boundary reads; elsewhere, the end at once.
+
+    A second SIGTERM ends the process wherever it is.
+    """
 
     def __init__(self) -> None:
         """Listen from now on; in the main thread only."""
         self.asked = False
+        self.training = False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not self.training:
+            raise TryAgain("told to stop; run again to go on")
 
 
 def fit(
@@ -183,7 +189,11 @@ def fit(
     resume = checkpoint.newest_whole(folder)
     if resume is not None:
         info(f"resuming at step {checkpoint.step_of(resume)}")
+    if preemption is not None:
+        preemption.training = True
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if preemption is not None:
+        preemption.training = False
     # Accelerate leaves its autocast wrapped around forward: merges would be compared in bfloat16.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if preemption is not None and preemption.asked and trainer.state.global_step < trainer.state.max_steps:

@@ -47,9 +47,7 @@ CLASSES_WITH_METHODS = """
 """
 
 # Test runners, debuggers and consoles put their own functions here, so what is found depends on who calls.
-_REPLACEABLE = frozenset(
-    {"breakpointhook", "displayhook", "excepthook", "set_trace", "showwarning", "unraisablehook"}
-)
+_REPLACEABLE = frozenset({"breakpointhook", "displayhook", "excepthook", "set_trace", "showwarning", "unraisablehook"})
 _LONGEST_SIGNATURE = 160
 
 

@@ -34,9 +34,7 @@ def split(entries: list[Entry], unseen: tuple[Entry, ...]) -> Split:
     """Hold out quartets of neighbours and leave the other callables that have a short summary to training."""
     hidden = {entry.path for entry in unseen}
     known = [entry for entry in entries if entry.path not in hidden]
-    answerable = [
-        entry for entry in known if 0 < len(entry.summary) <= _LONGEST_ANSWER and not _echoes(entry)
-    ]
+    answerable = [entry for entry in known if 0 < len(entry.summary) <= _LONGEST_ANSWER and not _echoes(entry)]
     quartets = _quartets(known, answerable)
     asked = [entry for quartet in quartets for entry in quartet]
     telltale = {entry.path for entry in (*asked, *unseen)}

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
-
 
 class LowRank(MethodSpec):
     """What the LoRA family shares: dW = (alpha / rank) B A, with B zero at the start."""
@@ -24,7 +22,7 @@ class LowRank(MethodSpec):
     """The update is scaled by alpha / rank; twice the rank where it is not given."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input while training (DPO switches it off)."""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = ALL_LINEAR
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Modules that get an adapter: every linear one but the output head, or names such as q_proj."""
 
     def targets(self) -> tuple[str, ...] | None:

@@ -28,6 +28,11 @@ def measure(
     """Score every pair.
 
     Args:
+        spec: the metric as the spec has it.
+        folder: what relative paths start from.
+        model: in eval mode.
+        tokenizer: the model's.
+        label: what progress and messages call the metric.
         reference: the log-probabilities that the stage's start gave to the same pairs, or None for the base.
 
     Returns:

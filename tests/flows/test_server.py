@@ -59,9 +59,7 @@ def script(path: Path, body: str) -> Path:
 
 def python(script_path: Path, root: Path, **env: str) -> str:
     command = [sys.executable, script_path, root]
-    done = subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, timeout=150, check=False
-    )
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -197,9 +195,7 @@ def test_a_process_uses_the_running_server(
 ) -> None:
     path = script(tmp_path / "uses.py", "print(server.use_project_server(Path(sys.argv[1])))")
     assert python(path, root).strip() == url
-    assert (
-        python(path, root, PREFECT_API_URL="http://other.example/api").strip() == "http://other.example/api"
-    )
+    assert python(path, root, PREFECT_API_URL="http://other.example/api").strip() == "http://other.example/api"
 
 
 def test_a_second_server_for_the_project_is_refused(root: Path, url: str) -> None:

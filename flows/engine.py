@@ -1,0 +1,210 @@
+"""The chain: a loop over the plan. Knows nothing of Prefect, which hooks in through `Hooks`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from flows import process
+from stages.artifact import VERDICT, set_aside, write_json
+from stages.check import check_base, check_inputs
+from stages.errors import GateRefused, InvalidInput, StageFailed
+from stages.gate import Verdict, judge
+from stages.measure import Measure
+from stages.pipeline import load_pipeline
+from stages.plan import Plan, Step, make_plan
+
+PHASES = {
+    "base": ("load", "evaluate"),
+    "stage": ("load", "train", "merge", "evaluate"),
+    "release": ("release",),
+}
+_LAST_CHANCE_TO_WARM = {"merge", "evaluate"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to."""
+
+    step: Step
+    kept: bool
+    """Nothing had to be made or measured."""
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed; true where there is none."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        if not self.verdicts:
+            return "kept" if self.kept else "done"
+        failed = [verdict.reason for verdict in self.verdicts if not verdict.passed]
+        if failed:
+            return f"{len(failed)} of {len(self.verdicts)} gates failed: {'; '.join(failed)}"
+        return f"{len(self.verdicts)} of {len(self.verdicts)} gates passed"
+
+
+class Hooks(Protocol):
+    """Where somebody watches a run, or wraps its parts."""
+
+    def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
+        """Run one step."""
+
+    def phase(self, step: Step, name: str, body: Callable[[], None]) -> None:
+        """Run one phase of a step."""
+
+    def event(self, step: Step, event: process.Event) -> None:
+        """Hear what the step's process says."""
+
+    def cancelled(self) -> bool:
+        """Whether somebody asked for the run to end."""
+
+
+@dataclass
+class Plain:
+    """No wrapping; events go to one function."""
+
+    listen: Callable[[Step, process.Event], None] = field(default=lambda _step, _event: None)
+
+    def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
+        """Run it."""
+        return body()
+
+    def phase(self, step: Step, name: str, body: Callable[[], None]) -> None:
+        """Run it."""
+        body()
+
+    def event(self, step: Step, event: process.Event) -> None:
+        """Pass it on."""
+        self.listen(step, event)
+
+    def cancelled(self) -> bool:
+        """Nobody can ask."""
+        return False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is asked to do."""
+
+    spec: Path
+    root: Path
+    from_stage: str | None = None
+    """Run this stage and all after it, published or not."""
+    until_stage: str | None = None
+    """Leave out the stages after this one, and the release."""
+
+    def plan(self, *, forced: bool = False) -> Plan:
+        """Compare the spec with what is published.
+
+        Raises:
+            SpecError: the spec is invalid.
+            InvalidInput: a named stage or a file does not exist.
+        """
+        pipeline, _ = load_pipeline(self.spec)
+        names = [stage.name for stage in pipeline.stages]
+        for option, name in (("--from", self.from_stage), ("--until", self.until_stage)):
+            if name is not None and name not in names:
+                raise InvalidInput(f"{option} {name}: no such stage; stages: {', '.join(names)}")
+        return make_plan(
+            pipeline,
+            self.spec.parent.resolve(),
+            self.root,
+            forced_from=self.from_stage if forced else None,
+            until=self.until_stage,
+        )
+
+
+def run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
+    """Bring everything up to date, step by step, and judge it.
+
+    Raises:
+        TriviumError: the reason why it ended early; what was published stays.
+    """
+    plan = run.plan(forced=True)
+    if plan.pending:
+        check_inputs(plan.pipeline, plan.folder)
+    for step in plan.steps:
+        if step.damaged is not None:
+            set_aside(step.damaged)
+    outcomes = []
+    try:
+        for number in range(len(plan.steps)):
+            plan = run.plan()  # anew: the files under a step may have changed while others ran
+            step = plan.steps[number]
+            outcome = hooks.step(step, lambda plan=plan, step=step: _run_step(plan, step, hooks))  # type: ignore[misc]
+            outcomes.append(outcome)
+            if step.stage is not None and not outcome.passed and step.stage.on_gate_failure == "stop":
+                raise GateRefused(f"stage {step.name}: {outcome.line}")
+    finally:
+        process.dismiss()
+    return outcomes
+
+
+def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
+    kept = step.artifact is not None and not step.missing
+    if not kept:
+        _work(plan, step, hooks)
+    if step.order == 0:
+        check_base(plan.pipeline, step)
+    verdicts: tuple[Verdict, ...] = ()
+    if step.stage is not None and step.stage.gates:
+        verdicts = _judge(plan, step)
+        hooks.phase(step, "gate", lambda: None)
+    return Outcome(step, kept, verdicts)
+
+
+def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
+    job = plan.job(step)
+    folder = plan.store / ".jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{step.work.name}.json"
+    file.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    phases = [name for name in PHASES[job.kind] if name != "evaluate" or job.measurements]
+    if not job.make:
+        phases = ["evaluate"]
+    child = process.start(file)
+    events = child.events(hooks.cancelled)
+    more_to_do = step.order + 1 < len(plan.steps) and plan.steps[-1] in plan.pending
+
+    def until_done(phase: str) -> None:
+        for event in events:
+            hooks.event(step, event)
+            if event["event"] == "phase_started" and event["phase"] in _LAST_CHANCE_TO_WARM and more_to_do:
+                process.warm()
+            if event["event"] == "phase_done" and event["phase"] == phase:
+                return
+        raise StageFailed(
+            f"{step.name}: the process ended before phase {phase} was done; see {file.with_suffix('.log')}"
+        )
+
+    try:
+        for phase in phases:
+            hooks.phase(step, phase, lambda phase=phase: until_done(phase))  # type: ignore[misc]
+        for event in events:
+            hooks.event(step, event)
+    except BaseException:
+        child.stop()
+        raise
+
+
+def _judge(plan: Plan, step: Step) -> tuple[Verdict, ...]:
+    """Judge from what is on the disk, and keep the verdict beside it."""
+    if step.stage is None:
+        return ()
+
+    def measured(where: str, metric: str, measure: str | None) -> Measure | None:
+        place = plan.step(where, step)
+        evaluation = None if place is None else place.evaluation(metric)
+        return None if evaluation is None else evaluation.measure(measure)
+
+    verdicts = judge(step.stage.gates, measured)
+    record: dict[str, Any] = {"gates": [verdict.as_record() for verdict in verdicts]}
+    record["passed"] = all(verdict.passed for verdict in verdicts)
+    write_json(step.place / VERDICT, record)
+    return tuple(verdicts)

@@ -1,0 +1,159 @@
+"""Everything that can be known to be wrong before anything trains, without torch."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specs.gate import LmEvalSpec, PreferenceSpec
+from specs.load import Document, Problem, SpecError
+from specs.pipeline import Location
+from stages.artifact import Artifact
+from stages.data import Normaliser, read_source
+from stages.errors import InvalidInput
+from stages.pipeline import Pipeline
+from stages.plan import Step, base_files
+from stages.rows import any_scored_row, preference_row
+from stages.train import extra_problems
+
+SAMPLE = 200
+"""Rows of each file that `validate` and `plan` look at; `run` reads them all."""
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
+_GPU_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
+
+if TYPE_CHECKING:
+    from specs.data import DataSpec
+
+Found = list[tuple[Location, str]]
+
+
+def check_spec(pipeline: Pipeline, document: Document) -> None:
+    """Look at every file that the spec names, as far as that is quick.
+
+    Raises:
+        SpecError: all that is wrong, each at its place in the spec.
+    """
+    found = spec_problems(pipeline, document.path.parent.resolve())
+    if found:
+        problems: list[Problem] = [document.problem(where, message) for where, message in found]
+        raise SpecError(problems)
+
+
+def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) -> Found:
+    """What is wrong with the files, packages and trainer arguments that the spec names."""
+    found: Found = []
+    _try(found, ("model",), lambda: base_files(pipeline, folder))
+    template = pipeline.model.chat_template
+    if template is not None and not (folder / template).is_file():
+        found.append((("model", "chat_template"), f"{folder / template}: no such file"))
+    for number, stage in enumerate(pipeline.stages):
+        place: Location = ("stages", number)
+        for package in stage.method.requires:
+            if importlib.util.find_spec(package) is None:
+                message = f"method {stage.method.kind} needs the package {package}: pip install {package}"
+                found.append(((*place, "method"), message))
+        found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
+        for source_number, source in enumerate(stage.data):
+            _read(found, (*place, "data", source_number), source, folder, stage.normalise, limit)
+    for name, metric in pipeline.metrics.items():
+        if isinstance(metric, LmEvalSpec):
+            _try(found, ("metrics", name, "task"), lambda metric=metric: _check_task(metric, folder))  # type: ignore[misc]
+        else:
+            schema = preference_row if isinstance(metric, PreferenceSpec) else any_scored_row
+            _read(found, ("metrics", name, "data"), metric.data, folder, schema, limit)
+    return found
+
+
+def check_inputs(pipeline: Pipeline, folder: Path) -> None:
+    """Read every row of every source, and refuse what this machine cannot do, before anything trains.
+
+    Raises:
+        InvalidInput: all that is wrong.
+    """
+    found = spec_problems(pipeline, folder, limit=None)
+    for number, stage in enumerate(pipeline.stages):
+        if stage.train.optimizer in _GPU_OPTIMIZERS and not has_gpu():
+            message = f"{stage.train.optimizer} pages GPU memory, and there is no GPU here; use adamw_8bit or adamw"
+            found.append((("stages", number, "train", "optimizer"), message))
+    if found:
+        raise InvalidInput("\n".join(message for _, message in found))
+
+
+def has_gpu() -> bool:
+    """Whether a GPU's device file is there; asking the driver would mean importing torch."""
+    return any(Path(device).exists() for device in _GPU_DEVICES)
+
+
+def check_base(pipeline: Pipeline, step: Step) -> None:
+    """Hold the stages against the prepared base: target modules, chat template.
+
+    Raises:
+        InvalidInput: a stage cannot run on this model.
+    """
+    if step.artifact is None:
+        from stages.artifact import read
+
+        artifact = read(step.target)
+    else:
+        artifact = step.artifact
+    if artifact is None:
+        return
+    modules = module_names(artifact)
+    template = has_chat_template(artifact.model)
+    for stage in pipeline.stages:
+        wanted = stage.method.targets() or ()
+        missing = [name for name in wanted if name not in modules]
+        if missing:
+            raise InvalidInput(
+                f"stage {stage.name}: target_modules names {', '.join(missing)}, which this model does not have; "
+                f"it has: {', '.join(sorted(modules))}"
+            )
+        if stage.needs_chat_template and not template:
+            raise InvalidInput(
+                f"stage {stage.name} ({stage.kind}) needs a chat template, and the base's tokenizer has none; "
+                "name one in the spec (model.chat_template: a Jinja file)"
+            )
+
+
+def module_names(artifact: Artifact) -> set[str]:
+    """Last parts of the names of modules with a matrix, from the headers of the weight files."""
+    found = set()
+    for file in artifact.model.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name.endswith(".weight") and len(entry.get("shape", ())) == 2:
+                found.add(name.split(".")[-2])
+    return found
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether a checkpoint carries a chat template, beside its tokenizer or inside its settings."""
+    if list(model.glob("*.jinja")):
+        return True
+    settings = model / "tokenizer_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _check_task(metric: LmEvalSpec, folder: Path) -> None:
+    from stages.metrics.harness import is_task_file, task_files
+
+    if is_task_file(metric.task):
+        for file in task_files(folder / metric.task):
+            if not file.is_file():
+                raise InvalidInput(f"{file}: no such file")
+
+
+def _read(
+    found: Found, place: Location, source: "DataSpec", folder: Path, schema: Normaliser, limit: int | None
+) -> None:
+    if source.path is not None:
+        _try(found, place, lambda: [None for _ in read_source(source, folder, schema, limit)])
+
+
+def _try(found: Found, place: Location, check: Callable[[], object]) -> None:
+    try:
+        check()
+    except InvalidInput as error:
+        found.extend((place, line) for line in str(error).splitlines())
