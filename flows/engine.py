@@ -152,11 +152,10 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
         _work(plan, step, hooks)
     if step.order == 0:
         check_base(plan.pipeline, step)
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: list[Verdict] = []
     if step.stage is not None and step.stage.gates:
-        verdicts = _judge(plan, step)
-        hooks.phase(step, "gate", lambda: None)
-    return Outcome(step, kept, verdicts)
+        hooks.phase(step, "gate", lambda: verdicts.extend(_judge(plan, step)))
+    return Outcome(step, kept, tuple(verdicts))
 
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
@@ -193,18 +192,21 @@ def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
         raise
 
 
-def _judge(plan: Plan, step: Step) -> tuple[Verdict, ...]:
-    """Judge from what is on the disk, and keep the verdict beside it."""
-    if step.stage is None:
-        return ()
+def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
+    """What the gates of a step come to, from what is on the disk."""
 
     def measured(where: str, metric: str, measure: str | None) -> Measure | None:
         place = plan.step(where, step)
         evaluation = None if place is None else place.evaluation(metric)
         return None if evaluation is None else evaluation.measure(measure)
 
-    verdicts = judge(step.stage.gates, measured)
+    return judge(() if step.stage is None else step.stage.gates, measured)
+
+
+def _judge(plan: Plan, step: Step) -> list[Verdict]:
+    """Judge a step and keep the verdict beside its artifact."""
+    verdicts = verdicts_of(plan, step)
     record: dict[str, Any] = {"gates": [verdict.as_record() for verdict in verdicts]}
     record["passed"] = all(verdict.passed for verdict in verdicts)
     write_json(step.place / VERDICT, record)
-    return tuple(verdicts)
+    return verdicts

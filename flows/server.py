@@ -27,6 +27,8 @@ from urllib.request import getproxies_environment
 
 import httpx
 
+from stages.errors import TriviumError
+
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200
 # What every run needs, whichever server it talks to.
@@ -58,7 +60,7 @@ ZOMBIE_AUTOMATION: dict[str, Any] = {
 }
 
 
-class ServerError(RuntimeError):
+class ServerError(TriviumError):
     """The Prefect server cannot be started or used; the message says what to do."""
 
 

@@ -21,6 +21,7 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        defer_build=True,  # only the models in use are built: half of the time that a command needs to start
     )
 
 

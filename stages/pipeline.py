@@ -1,5 +1,6 @@
 """The pipeline with its stages: the registry of objectives, and the whole spec as one type."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,3 +32,8 @@ def load_pipeline(path: Path) -> tuple[Pipeline, Document]:
     if problems:
         raise SpecError(problems)
     return pipeline, document
+
+
+def schema_text() -> str:
+    """The JSON Schema of a spec file, as editors read it: one text, ending in a newline."""
+    return json.dumps(Pipeline.model_json_schema(), indent=1, ensure_ascii=False) + "\n"

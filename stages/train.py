@@ -107,6 +107,8 @@ def _inherited(module: str, parent: ast.expr, imports: dict[str, ast.ImportFrom]
 
 def extra_problems(stage: ObjectiveSpec) -> list[tuple[str, str]]:
     """What is wrong with `train.extra`: the key, and a message."""
+    if not stage.train.extra:
+        return []  # reading the library's source takes longer than the rest of a plan
     known = known_arguments(*stage.trainer_config)
     ours = set(
         trainer_arguments(

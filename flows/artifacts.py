@@ -1,0 +1,128 @@
+"""What the Prefect UI shows of a run: live progress, gate tables, curves, one report."""
+
+import base64
+import contextvars
+import queue
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.engine import Outcome
+from flows.process import Event
+from flows.summary import Summary
+from stages.artifact import read
+from stages.plan import Step
+from stages.plots import LOSS, SPECTRUM
+
+SECONDS_BETWEEN_UPDATES = 2.0
+_PICTURES = {LOSS: "training loss and learning rate", SPECTRUM: "which weight matrices Spectrum trained"}
+
+
+class Reporter:
+    """Pushes a step's progress to the server from its own thread: a slow server never stalls training."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._news: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        context = contextvars.copy_context()  # artifacts belong to the flow run of the thread that made us
+        self._thread = threading.Thread(target=context.run, args=(self._push,), daemon=True)
+
+    def __enter__(self) -> "Reporter":
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let it send what is left, but do not wait for a server that is away."""
+        self._news.put(None)
+        self._thread.join(timeout=10)
+
+    def hear(self, event: Event) -> None:
+        """Take an event; only training progress is shown."""
+        if event["event"] == "progress":
+            self._news.put(event)
+
+    def _push(self) -> None:
+        artifact: Any = None
+        sent = 0.0
+        while (event := self._news.get()) is not None:
+            last = event["step"] == event["total"]
+            if not last and time.monotonic() - sent < SECONDS_BETWEEN_UPDATES:
+                continue
+            sent = time.monotonic()
+            loss = event.get("loss")
+            text = f"step {event['step']}/{event['total']}" + ("" if loss is None else f", loss {loss:.3f}")
+            share = 100 * event["step"] / max(1, event["total"])
+            with suppress(Exception):
+                if artifact is None:
+                    key = _key(self._step.name, "progress")
+                    artifact = create_progress_artifact(share, key=key, description=text)
+                else:
+                    update_progress_artifact(artifact, share, description=text)
+
+
+def report_stage(step: Step, outcome: Outcome) -> None:
+    """The gate table and the pictures of a stage. Never stops a run: what counts is on the disk."""
+    with suppress(Exception):
+        if outcome.verdicts:
+            rows = [verdict.as_record() for verdict in outcome.verdicts]
+            create_table_artifact(rows, key=_key(step.name, "gates"), description=outcome.line)
+        artifact = read(step.place)
+        if artifact is not None:
+            for name, title in _PICTURES.items():
+                picture = artifact.path / name
+                if picture.is_file():
+                    create_markdown_artifact(
+                        f"![{title}]({_data_uri(picture)})",
+                        key=_key(step.name, picture.stem),
+                        description=f"{step.name}: {title}",
+                    )
+
+
+def report_run(summary: Summary) -> None:
+    """The table of the whole chain, at the flow run itself: the UI does not show a subflow's artifacts there."""
+    with suppress(Exception):
+        create_markdown_artifact(
+            markdown(summary), key=_key(summary.title, "report"), description=f"{summary.title}: every stage"
+        )
+
+
+def markdown(summary: Summary) -> str:
+    """The summary as a page: the chain, metrics, verdicts, costs, the model's folder."""
+    chain = " --> ".join(f"{name}" for name in summary.columns[1:])
+    parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
+    parts.append(_table(summary.columns, summary.metrics))
+    lines = [
+        f"- **{'passed' if verdict.passed else 'failed'}** {stage}: {verdict.reason}"
+        for stage, verdict in summary.verdicts
+    ]
+    parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
+    if summary.release is not None:
+        parts.append(f"Model: `{summary.release}`")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _key(*parts: str) -> str:
+    """An artifact key: lowercase letters, digits and dashes."""
+    return "-".join(parts).replace("_", "-").lower()
+
+
+def _data_uri(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

@@ -1,0 +1,113 @@
+"""What a run came to, from the disk alone: the same table for the terminal, the Prefect UI and `show`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.engine import verdicts_of
+from stages.evaluate import Evaluation
+from stages.gate import Verdict
+from stages.plan import RELEASE, Plan, Step
+
+_ABSENT = "–"
+_EXTRA_MEASURES = {"reward_accuracy": ("reward_margin", "policy_accuracy")}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows of text, ready to print."""
+
+    title: str
+    columns: tuple[str, ...]
+    metrics: tuple[tuple[str, ...], ...]
+    """A row per measure, a column per step."""
+    costs: tuple[tuple[str, ...], ...]
+    """Method, parameters, hand-over, time and memory, a column per step."""
+    verdicts: tuple[tuple[str, Verdict], ...]
+    """Stage and verdict, in order."""
+    release: Path | None
+    """The final model's folder, once it is released."""
+
+
+def summarise(plan: Plan) -> Summary:
+    """The table of everything that is published of a pipeline."""
+    steps = [step for step in plan.steps if step.name != RELEASE]
+    rows = [row for metric in plan.pipeline.metrics for row in _metric_rows(metric, steps)]
+    done = [step for step in steps if step.artifact is not None]
+    judged = tuple((step.name, verdict) for step in done if not step.missing for verdict in verdicts_of(plan, step))
+    last = plan.steps[-1]
+    released = last.artifact.model if last.name == RELEASE and last.artifact is not None else None
+    return Summary(
+        title=plan.pipeline.name,
+        columns=("", *(step.name for step in steps)),
+        metrics=tuple(rows),
+        costs=tuple((name, *(show(step) for step in steps)) for name, show in _COSTS.items()),
+        verdicts=judged,
+        release=released,
+    )
+
+
+def _metric_rows(metric: str, steps: list[Step]) -> list[tuple[str, ...]]:
+    found = [step.evaluation(metric) for step in steps]
+    default = next((evaluation.default for evaluation in found if evaluation is not None), "")
+    names = [default, *_EXTRA_MEASURES.get(default, ())]
+    rows = [(f"{metric} · {name}", *(_value(evaluation, name) for evaluation in found)) for name in names]
+    words = [None if evaluation is None else evaluation.shown.get("word_perplexity") for evaluation in found]
+    if any(words):
+        rows.append((f"{metric} · word perplexity", *(f"{word:.1f}" if word else _ABSENT for word in words)))
+    return rows
+
+
+def _value(evaluation: Evaluation | None, name: str) -> str:
+    measure = None if evaluation is None else evaluation.measure(name)
+    if measure is None:
+        return _ABSENT
+    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.3f}"
+    return f"{measure.value:.3f}{error}"
+
+
+def _method(step: Step) -> str:
+    return _ABSENT if step.stage is None else f"{step.stage.kind} · {step.stage.method.kind}"
+
+
+def _trained(step: Step) -> str:
+    training = _record(step).get("training")
+    return f"{training['trainable_parameters'] / 1e6:.1f} M" if training else _ABSENT
+
+
+def _error(step: Step) -> str:
+    handed = _record(step).get("hand_over")
+    return f"{handed['max_logit_error']:.1e} (of {handed['tolerance']:.0e})" if handed else _ABSENT
+
+
+def _start(step: Step) -> str:
+    start = _record(step).get("start")
+    return f"{start['adapted_difference']:.1e}" if start else _ABSENT
+
+
+def _time(step: Step) -> str:
+    seconds = _record(step).get("durations")
+    if not seconds:
+        return _ABSENT
+    measuring = sum(kept.seconds for one in step.measurements if (kept := step.evaluation(one.metric)))
+    own = sum(seconds.values())
+    return f"{own + measuring:.0f} s ({measuring:.0f} s measuring)"
+
+
+def _memory(step: Step) -> str:
+    peak = _record(step).get("peak_memory")
+    return f"{peak / 1e9:.1f} GB" if peak else _ABSENT
+
+
+def _record(step: Step) -> dict[str, Any]:
+    return {} if step.artifact is None else step.artifact.manifest["record"]
+
+
+_COSTS = {
+    "stage": _method,
+    "parameters trained": _trained,
+    "start moved by (logits)": _start,
+    "hand-over error (logits)": _error,
+    "time": _time,
+    "peak memory": _memory,
+}

@@ -1,0 +1,103 @@
+"""What a run looks like in a terminal: one line per step, progress bars, a table at the end."""
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flows.process import Event
+from flows.summary import Summary
+from stages.plan import Plan, Step
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Watcher:
+    """Progress bars for the step at work; a plain line per phase where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Callable[[Step, Event], None]:
+        """Start drawing; returns what hears the events."""
+        self._progress.start()
+        return self._hear
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the terminal clean."""
+        self._progress.stop()
+
+    def _hear(self, step: Step, event: Event) -> None:
+        kind = event["event"]
+        if kind == "phase_started":
+            self._start(f"{step.name}: {event['phase']}")
+        elif kind == "progress":
+            loss = event.get("loss")
+            self._move(event["step"], event["total"], "" if loss is None else f"loss {loss:.3f}")
+        elif kind == "measuring":
+            self._move(event["done"], event["total"], event["metric"])
+        elif kind == "phase_done":
+            err.print(f"[green]✓[/] {step.name}: {event['phase']} [dim]{event['seconds']:.1f} s[/]")
+        elif kind == "info":
+            err.print(f"  [dim]{event['message']}[/]")
+
+    def _start(self, description: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(description, total=None, note="")
+
+    def _move(self, done: int, total: int, note: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, note=note)
+
+
+def print_plan(plan: Plan) -> None:
+    """Which steps will run, and why."""
+    for step in plan.steps:
+        if step.artifact is None:
+            mark, text = "[yellow]run     [/]", step.reason
+        elif step.missing:
+            names = ", ".join(one.metric for one in step.missing)
+            mark, text = "[yellow]evaluate[/]", f"{step.reason}; not measured yet: {names}"
+        else:
+            mark, text = "[green]keep    [/]", step.reason
+        kind = "" if step.stage is None else f" [dim]({step.stage.kind}, {step.stage.method.kind})[/]"
+        out.print(f"{mark} {step.order} {step.name}{kind}: {text}")
+
+
+def print_summary(summary: Summary) -> None:
+    """Metrics per step, verdicts, costs, and where the model is."""
+    _table(summary.title, summary.columns, summary.metrics)
+    for stage, verdict in summary.verdicts:
+        mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
+        out.print(f"gate {mark} {stage}: {verdict.reason}")
+    _table("", summary.columns, summary.costs)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> None:
+    if not rows:
+        return
+    table = Table(title=title or None, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table, width=None if sys.stdout.isatty() else 132)

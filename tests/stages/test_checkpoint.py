@@ -1,0 +1,206 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stages.checkpoint import by_step, is_whole, newest_step, newest_whole, prune, seal, step_of
+
+FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "rng/state_0.pth": b"dice", "trainer_state.json": b"{}"}
+
+
+def make(folder: Path, step: int, *, sealed: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    for name, content in FILES.items():
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(content + str(step).encode())
+    if sealed:
+        seal(checkpoint)
+    return checkpoint
+
+
+def names(paths) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_a_checkpoint_counts_only_when_it_is_sealed(tmp_path):
+    checkpoint = make(tmp_path, 5, sealed=False)
+    assert not is_whole(checkpoint)
+    seal(checkpoint)
+    assert is_whole(checkpoint)
+    assert set(json.loads((checkpoint / "seal.json").read_text())) == set(FILES)
+
+
+def test_sealing_again_after_a_change_makes_it_whole_again(tmp_path):
+    checkpoint = make(tmp_path, 5)
+    (checkpoint / "extra.json").write_text("{}")
+    assert not is_whole(checkpoint)
+    seal(checkpoint)
+    assert is_whole(checkpoint)
+
+
+@pytest.mark.parametrize("name", [*FILES, "seal.json"])
+def test_a_checkpoint_without_one_of_its_files_is_torn(tmp_path, name):
+    checkpoint = make(tmp_path, 5)
+    (checkpoint / name).unlink()
+    assert not is_whole(checkpoint)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_flipped_byte_is_noticed(tmp_path, name, position):
+    file = make(tmp_path, 5) / name
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    assert not is_whole(tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_noticed(tmp_path, name):
+    file = make(tmp_path, 5) / name
+    os.truncate(file, 1)
+    assert not is_whole(tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "rng/extra.bin", "new/extra.bin"])
+def test_a_file_too_many_is_noticed(tmp_path, name):
+    file = make(tmp_path, 5) / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    assert not is_whole(tmp_path / "checkpoint-5")
+
+
+def test_a_file_replaced_by_a_link_is_noticed(tmp_path):
+    file = make(tmp_path, 5) / "optimizer.pt"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert not is_whole(tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "5", "[]", '["model.safetensors"]', '{"model.safetensors": 5}', "\udcff"])
+def test_a_seal_that_is_none_is_no_seal(tmp_path, text):
+    checkpoint = make(tmp_path, 5)
+    (checkpoint / "seal.json").write_text(text, errors="surrogateescape")
+    assert not is_whole(checkpoint)
+
+
+def test_a_seal_that_lists_the_names_without_their_hashes_is_no_seal(tmp_path):
+    checkpoint = make(tmp_path, 5)
+    (checkpoint / "seal.json").write_text(json.dumps(sorted(FILES)))
+    assert newest_whole(tmp_path) is None
+
+
+def test_the_seal_is_written_after_every_file_is_on_the_disk(tmp_path, monkeypatch):
+    checkpoint = make(tmp_path, 5, sealed=False)
+    synced, at_seal = [], []
+    fsync, replace = os.fsync, Path.replace
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def note_replace(self, target):
+        at_seal.extend(synced)
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    seal(checkpoint)
+    contents = {str(checkpoint / name) for name in FILES} | {str(checkpoint / "rng")}
+    assert contents <= set(at_seal)
+    assert synced[-1] == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("checkpoint-7", 7), ("checkpoint-120", 120), ("checkpoint-x", -1), ("other", -1)]
+)
+def test_the_step_is_in_the_name(name, step):
+    assert step_of(Path("folder") / name) == step
+
+
+def test_the_newest_is_the_highest_step_however_names_and_clocks_sort(tmp_path):
+    for age, step in enumerate([1000, 90, 200]):
+        os.utime(make(tmp_path, step), (age * 1000, age * 1000))
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "runs").mkdir()
+    assert names(by_step(tmp_path)) == ["checkpoint-1000", "checkpoint-200", "checkpoint-90"]
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-1000"
+    assert newest_step(tmp_path) == 1000
+
+
+def test_where_there_is_none_a_run_starts_at_zero(tmp_path):
+    assert newest_whole(tmp_path) is None
+    assert newest_whole(tmp_path / "missing") is None
+    assert newest_step(tmp_path / "missing") == 0
+    make(tmp_path, 5, sealed=False)
+    assert newest_step(tmp_path) == 0
+
+
+def test_damaged_ones_are_set_aside_and_named_and_an_older_one_is_chosen(tmp_path, capsys):
+    for step in (4, 8, 12, 16):
+        make(tmp_path, step, sealed=step != 16)
+    (tmp_path / "checkpoint-12/optimizer.pt").write_bytes(b"moments!?")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-8"
+    assert names(by_step(tmp_path)) == ["checkpoint-8", "checkpoint-4"]
+    assert sorted(os.listdir(tmp_path / ".set-aside")) == ["checkpoint-12.1", "checkpoint-16.1"]
+    told = capsys.readouterr().err
+    for step in (12, 16):
+        place = tmp_path / f".set-aside/checkpoint-{step}.1"
+        assert f"checkpoint checkpoint-{step} is torn or damaged; set aside as {place}\n" in told
+
+
+def test_a_resume_that_finds_only_damage_starts_anew_and_keeps_the_evidence(tmp_path):
+    for _ in range(2):
+        checkpoint = make(tmp_path, 4)
+        (checkpoint / "model.safetensors").unlink()
+        assert newest_whole(tmp_path) is None
+    assert sorted(os.listdir(tmp_path / ".set-aside")) == ["checkpoint-4.1", "checkpoint-4.2"]
+
+
+def test_a_stray_file_of_a_checkpoints_name_is_set_aside(tmp_path):
+    make(tmp_path, 4)
+    (tmp_path / "checkpoint-9").write_text("")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_pruning_keeps_the_highest_steps_though_the_clock_went_backwards(tmp_path):
+    for step in (2, 4, 10, 100):
+        when = 1_000_000 - step
+        checkpoint = make(tmp_path, step)
+        for path in [checkpoint, *checkpoint.rglob("*")]:
+            os.utime(path, (when, when))
+    prune(tmp_path, keep=2)
+    assert names(by_step(tmp_path)) == ["checkpoint-100", "checkpoint-10"]
+    assert all(is_whole(path) for path in by_step(tmp_path))
+
+
+def test_pruning_does_not_count_a_torn_checkpoint_as_one_that_is_kept(tmp_path):
+    for step in (2, 4, 6):
+        make(tmp_path, step)
+    make(tmp_path, 8, sealed=False)
+    prune(tmp_path, keep=2)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-6"
+    assert is_whole(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_pruning_fewer_than_it_keeps_deletes_nothing(tmp_path):
+    make(tmp_path, 2)
+    prune(tmp_path, keep=2)
+    assert is_whole(tmp_path / "checkpoint-2")
+
+
+def test_a_pruning_that_breaks_off_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
+    for step in (2, 4):
+        make(tmp_path, step)
+
+    def break_off(path):
+        raise OSError(f"{path}: input/output error")
+
+    monkeypatch.setattr(shutil, "rmtree", break_off)
+    with pytest.raises(OSError, match="checkpoint-2"):
+        prune(tmp_path, keep=1)
+    assert not is_whole(tmp_path / "checkpoint-2")
+    assert is_whole(tmp_path / "checkpoint-4")
