@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from specs.base import Spec, name_only
-from specs.model import Commit, HubId
+from specs.model import Commit, FilePath, HubId
 
 FORMATS = (".jsonl", ".txt", ".parquet", ".csv")
 """File endings that can be read; the ending decides the format."""
@@ -14,7 +14,7 @@ FORMATS = (".jsonl", ".txt", ".parquet", ".csv")
 class DataSpec(Spec):
     """One source of rows: a file, or the files of a hub dataset at one commit."""
 
-    path: str | None = name_only(None)
+    path: FilePath | None = name_only(None)
     """A file, or a glob of files, relative to the spec: .jsonl, .txt (a document per file), .parquet, .csv."""
     hub: HubId | None = None
     """Id of a dataset on the Hugging Face hub, together with `revision` and `files`."""

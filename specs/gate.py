@@ -60,7 +60,8 @@ class LmEvalSpec(Spec):
 
 MetricSpec = Annotated[PerplexitySpec | PreferenceSpec | LmEvalSpec, Field(discriminator="kind")]
 
-_AMOUNT = r"^\d+(\.\d+)?\s?%$"
+Reference = Annotated[str, StringConstraints(min_length=1)]
+_AMOUNT = r"^\d{1,4}(\.\d{1,6})?\s?%$"
 Percent = Annotated[str, StringConstraints(pattern=_AMOUNT)]
 Amount = Annotated[float, Field(ge=0)] | Percent
 """A difference: absolute (0.02), or relative to the reference (5%)."""
@@ -82,11 +83,11 @@ class GateSpec(Spec):
     """The value must reach this."""
     at_most: float | None = None
     """The value must not exceed this."""
-    improves_on: str | None = None
+    improves_on: Reference | None = None
     """`base`, `previous` or a stage: the value must be better than there, by `by` and beyond its noise."""
     by: Amount = 0.0
     """With `improves_on`: by how much at least; 0.02 or 5%."""
-    keeps: str | None = None
+    keeps: Reference | None = None
     """`base`, `previous` or a stage: the value must be no worse than there by more than `within`."""
     within: Amount = 0.0
     """With `keeps`: how much worse it may be; 0.02 or 5%."""
@@ -118,7 +119,7 @@ class GateSpec(Spec):
     @property
     def reference(self) -> str | None:
         """`base`, `previous`, a stage's name, or None for an absolute rule."""
-        return self.improves_on or self.keeps
+        return self.improves_on if self.improves_on is not None else self.keeps
 
     @property
     def noise(self) -> float:

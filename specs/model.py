@@ -6,17 +6,18 @@ from pydantic import StringConstraints, model_validator
 
 from specs.base import Spec
 
-HubId = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
+HubId = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*/\w[\w.-]*$")]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+FilePath = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelSpec(Spec):
     """The base model: exactly one of a folder, a GGUF file or a hub id with its revision."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder of a transformers checkpoint (safetensors, config, tokenizer), relative to the spec."""
-    gguf: str | None = None
+    gguf: FilePath | None = None
     """A GGUF file, relative to the spec; it is dequantised once into a plain checkpoint."""
     hub: HubId | None = None
     """Id of a model on the Hugging Face hub, together with `revision`."""
@@ -24,7 +25,7 @@ class ModelSpec(Spec):
     """The commit of the hub model, 40 hex digits: a branch name may mean other weights tomorrow."""
     dtype: Dtype = "bfloat16"
     """The precision of the released model and of every evaluation. Hand-overs between stages are float32."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """A Jinja file, relative to the spec, for a tokenizer that has no chat template or an unfit one."""
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class StageSpec(Spec):
     """Training rows; several sources are mixed by their weights."""
     train: TrainSpec
     """Optimizer, schedule, batches, checkpoints."""
-    seed: int | None = None
+    seed: int | None = name_only(None)  # an identity names the seed that is used, not where it was written
     """Seed of this stage; by default the pipeline's."""
     gates: tuple[GateSpec, ...] = name_only(())
     """What must hold before the next stage starts. Gates never retrain: an edited one is judged again."""

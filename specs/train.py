@@ -55,6 +55,8 @@ class TrainSpec(Spec):
             raise ValueError("give either epochs or max_steps")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.schedule == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
+            raise ValueError("schedule constant has no warm-up; use constant_with_warmup or remove warmup_ratio")
         return self
 
 
@@ -96,7 +98,9 @@ class DpoTrainSpec(TrainSpec):
     """Assumed share of flipped labels; only the losses in `SMOOTHED_LOSSES` use it."""
 
     @model_validator(mode="after")
-    def _smoothing_where_it_counts(self) -> "DpoTrainSpec":
+    def _nothing_inert(self) -> "DpoTrainSpec":
+        if self.loss == "sft" and "beta" in self.model_fields_set:
+            raise ValueError("beta has no effect on loss sft: remove it")
         if self.loss == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("loss exo_pair needs label_smoothing above 0, for example 1e-3")
         if self.label_smoothing and self.loss not in SMOOTHED_LOSSES:

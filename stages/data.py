@@ -64,10 +64,10 @@ def _matches(folder: Path, pattern: str, label: str) -> list[Path]:
 
 
 def digests(source: DataSpec, folder: Path, digest: Callable[[Path], str] = sha256) -> list[str]:
-    """What identifies a source's content: the sha256 of each file, or the hub's own commit."""
+    """What identifies a source's content: ending and sha256 of each file, or the hub's own commit."""
     if source.path is None:
         return [f"{source.hub}@{source.revision}/{source.files}"]
-    return [digest(path) for path in files_of(source, folder)]
+    return [f"{path.suffix}:{digest(path)}" for path in files_of(source, folder)]
 
 
 def read_source(source: DataSpec, folder: Path, normalise: Normaliser, limit: int | None = None) -> Iterator[Row]:

@@ -35,6 +35,10 @@ class Dpo(ObjectiveSpec):
             "loss_type": [self.train.loss],
             "label_smoothing": self.train.label_smoothing,
             "max_length": self.train.sequence_length,
+            # An adapted model keeps its start in the frozen copy of its adapter that TRL adds. Any other scores
+            # the reference before its first step: TRL would otherwise read a second model from wherever the
+            # config says that this one came from.
+            "precompute_ref_log_probs": not self.method.is_adapter,
         }
 
     @property
@@ -80,19 +84,12 @@ class Dpo(ObjectiveSpec):
         arguments: dict[str, Any],
         callbacks: list["TrainerCallback"],
     ) -> "Trainer":
-        """TRL's DPO trainer, with a reference that is the stage's start whatever the method.
-
-        An adapted model keeps its start in the frozen copy of its adapter that TRL adds. Any other model
-        scores the reference before its first step: TRL would otherwise read a second model from wherever
-        the config says that this one came from.
-        """
-        from peft import PeftModel
+        """TRL's DPO trainer, with a reference that is the stage's start whatever the method."""
         from trl import DPOConfig, DPOTrainer
 
-        before_training = not isinstance(model, PeftModel)
         return DPOTrainer(
             model=model,
-            args=DPOConfig(**arguments, precompute_ref_log_probs=before_training),
+            args=DPOConfig(**arguments),
             train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=callbacks,

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+_REFUSED = {
+    "gradient_checkpointing": "use train.gradient_checkpointing",
+    "save_total_limit": "use train.keep_checkpoints: the trainer deletes by the clock",
+    "save_only_model": "a checkpoint without its optimizer resumes as another run, without a word",
+    "ignore_data_skip": "a resumed run would see other rows",
+    "fp16": "use train.precision; float16 without loss scaling is not offered",
+    "loss_weights": "a stage has one loss: train.loss",
+    "load_best_model_at_end": "there is no evaluation inside a stage; gates judge its end",
+    "eval_strategy": "there is no evaluation inside a stage; metrics are measured at its end",
+    "push_to_hub": "a trainer's checkpoints are not for publishing; publish the released model",
+    "trust_remote_code": "code that comes with a model is never run",
+    "model_init_kwargs": "the stage loads its own start model",
+}
+"""Arguments that would be ignored, or would break what a stage promises; each with what to do instead."""
+
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
@@ -123,6 +138,8 @@ def extra_problems(stage: ObjectiveSpec) -> list[tuple[str, str]]:
     for key in stage.train.extra:
         if key in ours:
             problems.append((key, f"{key!r} is decided by the fields of train; remove it here"))
+        elif key in _REFUSED:
+            problems.append((key, f"{key!r} is not taken: {_REFUSED[key]}"))
         elif key not in known:
             from difflib import get_close_matches
 

@@ -28,6 +28,8 @@ class MethodSpec(Spec):
 
     version: ClassVar[int] = 1
     """Part of a stage's identity: raise it when the method computes something else."""
+    is_adapter: ClassVar[bool] = False
+    """Whether the start model stays intact beneath what trains, so that it can serve as DPO's reference."""
     starts_exactly: ClassVar[bool] = True
     """Whether the prepared model equals the start model; quantised ones only come near."""
     merge_tolerance: ClassVar[float] = 1e-4

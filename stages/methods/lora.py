@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters beside frozen weights (Hu et al., arXiv 2106.09685)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class LowRank(MethodSpec):
     """What the LoRA family shares: dW = (alpha / rank) B A, with B zero at the start."""
+
+    is_adapter: ClassVar[bool] = True
 
     rank: Annotated[int, Field(gt=0)] = 16
     """Rank of each update."""

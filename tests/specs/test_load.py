@@ -194,10 +194,7 @@ HOSTILE: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "unterminated mapping": (
         "a: {b: 1",
-        [
-            "1:9: not valid YAML: expected ',' or '}', but got '<stream end>' "
-            "(while parsing a flow mapping, line 1)"
-        ],
+        ["1:9: not valid YAML: expected ',' or '}', but got '<stream end>' (while parsing a flow mapping, line 1)"],
     ),
     "colon": (
         "a: b: c",
@@ -314,8 +311,7 @@ INVALID: dict[str, tuple[str, list[str]]] = {
             "5:13: stages[0].method.rank: missing; Rank of the update",
             "5:26: stages[0].method.rnak: unknown key; did you mean 'rank'? allowed: kind, rank, alpha, init",
             "5:43: stages[0].method.alpha: expected a number, found '3'",
-            "5:54: stages[0].method.init: expected 'zeros', 'pissa' or 'olora', found 'pisa'; "
-            "did you mean 'pissa'?",
+            "5:54: stages[0].method.init: expected 'zeros', 'pissa' or 'olora', found 'pisa'; did you mean 'pissa'?",
             f"6:1: nmae: unknown key; did you mean 'name'? allowed: {ALL}",
         ],
     ),
@@ -387,14 +383,12 @@ INVALID: dict[str, tuple[str, list[str]]] = {
         ),
         [
             "7:22: stages[0].train.learning_rate: a learning rate above 1 never converges: lower it",
-            "8:14: stages[0].train.steps: expected a whole number or 'auto', found 'atuo'; "
-            "did you mean 'auto'?",
+            "8:14: stages[0].train.steps: expected a whole number or 'auto', found 'atuo'; did you mean 'auto'?",
             "9:15: stages[0].train.resume: expected true or false, found 'yes'",
             "10:20: stages[0].train.betas[1]: expected a number, found 'x'",
             "11:16: stages[0].train.lengths: expected 1 or more items, found 0",
             "12:18: stages[0].train.extra.a: expected a finite number, found .nan",
-            "13:7: stages[0].train.zz: unknown key; "
-            "allowed: learning_rate, steps, resume, betas, lengths, extra",
+            "13:7: stages[0].train.zz: unknown key; allowed: learning_rate, steps, resume, betas, lengths, extra",
         ],
     ),
     "wrong items are not missing items": (
@@ -435,8 +429,7 @@ INVALID: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "nested unions, aliases, root models": (
-        "name: t\nstages: []\nfallback: {kind: lora, rank: a}\n"
-        "tail: {kind: lora, rnk: 1}\nnames: [A, b]\nroot: 3\n",
+        "name: t\nstages: []\nfallback: {kind: lora, rank: a}\ntail: {kind: lora, rnk: 1}\nnames: [A, b]\nroot: 3\n",
         [
             "3:30: fallback.rank: expected a whole number, found 'a'",
             "4:7: tail.rank: missing; Rank of the update",
@@ -447,10 +440,7 @@ INVALID: dict[str, tuple[str, list[str]]] = {
     ),
     "union of a mapping and a word": (
         "name: t\nstages: []\nfallback: nnoe\n",
-        [
-            "3:11: fallback: expected a mapping with the key 'kind' or 'none', found 'nnoe'; "
-            "did you mean 'none'?"
-        ],
+        ["3:11: fallback: expected a mapping with the key 'kind' or 'none', found 'nnoe'; did you mean 'none'?"],
     ),
     "odd keys": (
         'name: t\nstages: []\n"a b": 1\n"\\e[31m\\n": 1\n',
@@ -611,9 +601,7 @@ PIECES += [
 @FUZZ
 @given(
     edits=st.lists(
-        st.tuples(
-            st.integers(0, len(GOOD)), st.integers(0, 6), st.sampled_from(PIECES) | st.text(max_size=3)
-        ),
+        st.tuples(st.integers(0, len(GOOD)), st.integers(0, 6), st.sampled_from(PIECES) | st.text(max_size=3)),
         min_size=1,
         max_size=6,
     )
@@ -627,9 +615,7 @@ def test_any_mutated_spec_raises_only_spec_errors(tmp_path: Path, edits: list[tu
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["lora", "cpt", "auto", "x"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "rank", "a b"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "rank", "a b"]), inner),
     max_leaves=6,
 )
 
@@ -638,9 +624,5 @@ VALUES = st.recursive(
 @given(value=VALUES, key=st.sampled_from([*Pipeline.model_fields, "betas", "steps", "method", "extra"]))
 def test_any_value_anywhere_raises_only_spec_errors(tmp_path: Path, value: Any, key: str) -> None:
     written = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
-    inner = (
-        f"method: {{kind: full}}\n    train: {{{key}: {written}}}"
-        if key in Train.model_fields
-        else "method: {}"
-    )
+    inner = f"method: {{kind: full}}\n    train: {{{key}: {written}}}" if key in Train.model_fields else "method: {}"
     survive(tmp_path, f"{stage(inner)}{key}: {written}\n".encode())

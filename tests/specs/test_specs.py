@@ -63,6 +63,7 @@ stages:
 # What may change without a result changing. A field that joins this list must not alter what a stage computes.
 NAME_ONLY = {
     "StageSpec.name": "a label",
+    "StageSpec.seed": "the plan puts the seed that is used in its place",
     "StageSpec.gates": "judges, never trains",
     "StageSpec.on_gate_failure": "judges, never trains",
     "TrainSpec.checkpoint_every": "resuming gives the same result",
@@ -95,10 +96,10 @@ def pipeline_refusals(tmp_path: Path, text: str) -> list[str]:
     return [str(problem).removeprefix(f"{path}:") for problem in caught.value.problems]
 
 
-HUB_ID = r"expected text that matches ^[\w.-]+/[\w.-]+$"
+HUB_ID = r"expected text that matches ^\w[\w.-]*/\w[\w.-]*$"
 HEX = "expected text that matches ^[0-9a-f]{40}$"
 ONE_RULE = "a gate has one of at_least, at_most, improves_on, keeps; found"
-AMOUNT = r"or text that matches ^\d+(\.\d+)?\s?%$"
+AMOUNT = r"or text that matches ^\d{1,4}(\.\d{1,6})?\s?%$"
 BASIC = "learning_rate: 1, epochs: 1"
 
 REFUSED: dict[str, tuple[type[BaseModel], str, list[str]]] = {

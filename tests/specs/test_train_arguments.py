@@ -165,7 +165,23 @@ def test_settings_in_the_trainers_terms(stages: dict[str, ObjectiveSpec]) -> Non
         "beta": 0.1,
         "loss_type": ["robust"],
         "label_smoothing": 0.1,
+        "precompute_ref_log_probs": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing", "expected"),
+    [
+        ("cpt", "split", (True, "bfd_split")),
+        ("cpt", "wrapped", (True, "wrapped")),
+        ("cpt", "none", (False, "bfd")),
+        ("ift", True, (True, "bfd")),
+        ("ift", False, (False, "bfd")),
+    ],
+)
+def test_packing(stages: dict[str, ObjectiveSpec], kind: str, packing: object, expected: tuple[bool, str]) -> None:
+    found = arguments(changed(stages[kind], packing=packing))
+    assert (found["packing"], found["packing_strategy"]) == expected
 
 
 def source(package: str, file: str) -> str:
@@ -248,3 +264,19 @@ def test_an_unknown_extra_argument_is_refused_with_its_neighbours(stages: dict[s
     (problem,) = extra_problems(changed(stages["dpo"], extra={"packing": True}))
     assert problem[0] == "packing"
     assert problem[1].startswith("the trainer (DPOConfig) has no argument 'packing'")
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "save_total_limit", "save_only_model", "fp16"])
+def test_an_argument_that_would_be_ignored_or_break_a_promise_is_refused(stages: dict[str, Any], key: str) -> None:
+    stage = stages["dpo"]
+    extra = stage.model_copy(update={"train": stage.train.model_copy(update={"extra": {key: True}})})
+    [(found, message)] = extra_problems(extra)
+    assert found == key
+    assert message.startswith(f"{key!r} is not taken: ")
+
+
+def test_the_reference_of_dpo_is_ours_to_decide(stages: dict[str, Any]) -> None:
+    stage = stages["dpo"]
+    train = stage.train.model_copy(update={"extra": {"precompute_ref_log_probs": True}})
+    [(_, message)] = extra_problems(stage.model_copy(update={"train": train}))
+    assert message == "'precompute_ref_log_probs' is decided by the fields of train; remove it here"

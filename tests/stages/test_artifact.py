@@ -77,7 +77,7 @@ def record_disk_order(monkeypatch) -> list[tuple[str, str]]:
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
     def note_fsync(descriptor):
-        seen.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        seen.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
     def note(kind, real):
@@ -100,9 +100,7 @@ def test_every_byte_is_on_the_disk_before_the_rename_and_the_rename_before_the_e
     renamed = seen.index(("rename", str(target)))
     manifest = seen.index(("replace", str(work / "manifest.json")))
     contents = [seen.index(("fsync", str(path))) for path in (work / "model/model.safetensors", work / "model")]
-    contents += [
-        seen.index(("fsync", str(path))) for path in (work / "model/config.json", work / "training.json")
-    ]
+    contents += [seen.index(("fsync", str(path))) for path in (work / "model/config.json", work / "training.json")]
     assert max(contents) < manifest
     assert seen.index(("fsync", str(work / ".manifest.json.partial"))) < manifest
     assert manifest < seen.index(("fsync", str(work))) < renamed
@@ -236,7 +234,9 @@ def test_a_manifest_without_an_entry_does_not_hide_the_file(published):
     assert again is None or damage(again) == ["training.json does not belong there"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}", '{"format": 1}', '{"format": 1, "identity": 5}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '"text"', "{}", '{"format": 1}', '{"format": 1, "identity": 5}']
+)
 def test_a_manifest_that_is_none_is_no_artifact(published, text):
     (published.path / "manifest.json").write_text(text)
     assert read(published.path) is None
@@ -299,7 +299,7 @@ def test_a_reader_sees_the_old_document_until_the_new_one_is_whole(tmp_path, mon
     write_json(file, {"n": 2})
     assert during[0] == {"n": 1}
     assert json.loads(file.read_text()) == {"n": 2}
-    assert os.listdir(tmp_path) == ["state.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
 def test_a_document_that_cannot_be_written_leaves_the_old_one(tmp_path):

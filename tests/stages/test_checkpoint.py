@@ -7,7 +7,12 @@ import pytest
 
 from stages.checkpoint import by_step, is_whole, newest_step, newest_whole, prune, seal, step_of
 
-FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "rng/state_0.pth": b"dice", "trainer_state.json": b"{}"}
+FILES = {
+    "model.safetensors": b"weights",
+    "optimizer.pt": b"moments",
+    "rng/state_0.pth": b"dice",
+    "trainer_state.json": b"{}",
+}
 
 
 def make(folder: Path, step: int, *, sealed: bool = True) -> Path:
@@ -79,7 +84,9 @@ def test_a_file_replaced_by_a_link_is_noticed(tmp_path):
     assert not is_whole(tmp_path / "checkpoint-5")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "5", "[]", '["model.safetensors"]', '{"model.safetensors": 5}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "5", "[]", '["model.safetensors"]', '{"model.safetensors": 5}', "\udcff"]
+)
 def test_a_seal_that_is_none_is_no_seal(tmp_path, text):
     checkpoint = make(tmp_path, 5)
     (checkpoint / "seal.json").write_text(text, errors="surrogateescape")
@@ -98,7 +105,7 @@ def test_the_seal_is_written_after_every_file_is_on_the_disk(tmp_path, monkeypat
     fsync, replace = os.fsync, Path.replace
 
     def note(descriptor):
-        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
     def note_replace(self, target):
@@ -144,7 +151,7 @@ def test_damaged_ones_are_set_aside_and_named_and_an_older_one_is_chosen(tmp_pat
     (tmp_path / "checkpoint-12/optimizer.pt").write_bytes(b"moments!?")
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-8"
     assert names(by_step(tmp_path)) == ["checkpoint-8", "checkpoint-4"]
-    assert sorted(os.listdir(tmp_path / ".set-aside")) == ["checkpoint-12.1", "checkpoint-16.1"]
+    assert sorted(names((tmp_path / ".set-aside").iterdir())) == ["checkpoint-12.1", "checkpoint-16.1"]
     told = capsys.readouterr().err
     for step in (12, 16):
         place = tmp_path / f".set-aside/checkpoint-{step}.1"
@@ -156,7 +163,7 @@ def test_a_resume_that_finds_only_damage_starts_anew_and_keeps_the_evidence(tmp_
         checkpoint = make(tmp_path, 4)
         (checkpoint / "model.safetensors").unlink()
         assert newest_whole(tmp_path) is None
-    assert sorted(os.listdir(tmp_path / ".set-aside")) == ["checkpoint-4.1", "checkpoint-4.2"]
+    assert sorted(names((tmp_path / ".set-aside").iterdir())) == ["checkpoint-4.1", "checkpoint-4.2"]
 
 
 def test_a_stray_file_of_a_checkpoints_name_is_set_aside(tmp_path):

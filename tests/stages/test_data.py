@@ -320,7 +320,7 @@ def test_the_order_mixes_the_sources(numbered):
 
 
 def test_mixing_does_not_depend_on_the_hash_seed_of_the_process(numbered):
-    assert mix(numbered, {"a.jsonl": 0.1}, 7) == ["a31", "a11", "a20", "a19"]
+    assert mix(numbered, {"a.jsonl": 0.1}, 7) == ["a7", "a39", "a22", "a3"]
 
 
 def test_weights_that_leave_nothing_are_refused(tmp_path):
@@ -330,10 +330,11 @@ def test_weights_that_leave_nothing_are_refused(tmp_path):
     assert str(caught.value) == "a.jsonl: no rows are left after weighting; raise the weights"
 
 
-def test_a_digest_is_of_the_content_of_every_file(tmp_path):
+def test_a_digest_is_of_the_content_and_the_format_of_every_file(tmp_path):
     for name in ("a", "b"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
-    assert digests(source("*.jsonl"), tmp_path) == [sha256(tmp_path / "a.jsonl"), sha256(tmp_path / "b.jsonl")]
+    expected = [f".jsonl:{sha256(tmp_path / name)}" for name in ("a.jsonl", "b.jsonl")]
+    assert digests(source("*.jsonl"), tmp_path) == expected
 
 
 @pytest.fixture
@@ -394,6 +395,6 @@ def test_a_hub_id_that_the_hub_does_not_allow_is_refused_by_name(hub_cache, tmp_
 
 
 def test_every_json_value_survives_the_way_through_a_file(tmp_path):
-    text = "ünïcode \N{GRINNING FACE} \\ \" / \t \u2028"
+    text = 'ünïcode \N{GRINNING FACE} \\ " / \t \u2028'
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert texts(read(tmp_path, "a.jsonl")) == [text]
