@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from flows import process
-from stages.artifact import VERDICT, set_aside, write_json
+from stages.artifact import MODEL, VERDICT, set_aside, write_json
 from stages.check import check_base, check_inputs
 from stages.errors import GateRefused, InvalidInput, StageFailed
 from stages.gate import Verdict, judge
@@ -143,7 +143,17 @@ def run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
                 raise GateRefused(f"stage {step.name}: {outcome.line}")
     finally:
         process.dismiss()
+    if run.until_stage is None:
+        point_to(outcomes[-1].step.place / MODEL, plan.store / MODEL)
     return outcomes
+
+
+def point_to(model: Path, link: Path) -> None:
+    """Let ``link`` name the released model, so that its path stays the same from run to run."""
+    fresh = link.with_name(".model.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(model.relative_to(link.parent))
+    fresh.replace(link)
 
 
 def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:

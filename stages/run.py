@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-EXACT_START = 1e-4
-"""Largest difference in logits, at float32, that adapting a start model may make."""
 
 
 def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
@@ -138,7 +136,7 @@ def _make_release(
         model = load_plain(start.model, dtype)
         save_plain(model, load_tokenizer(start.model), work / MODEL)
         again = load_plain(work / MODEL, dtype)
-        ids = probe.probe_ids(int(again.get_input_embeddings().weight.shape[0]))
+        ids = probe.probe_ids(again)
         found = probe.logits(again, ids)
         if not torch.equal(found, probe.logits(model, ids)):
             raise StageFailed("the released model is not the last stage's; nothing is released")
@@ -165,7 +163,7 @@ def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared
     set_seed(seed)
     plain = load_plain(start.model, torch.float32)
     start_error = probe.check_start(plain, start.path)
-    ids = probe.probe_ids(int(plain.get_input_embeddings().weight.shape[0]))
+    ids = probe.probe_ids(plain)
     before = probe.logits(plain, ids)
     dtype = getattr(torch, stage.train.weights_dtype)
     exact = stage.method.starts_exactly and dtype == torch.float32
@@ -176,11 +174,14 @@ def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared
         gc.collect()
         model = stage.method.load(start.model, dtype)
     prepared = stage.method.prepare(model)
-    difference = float((probe.logits(prepared.model, ids) - before).abs().max())
-    if exact and not difference <= EXACT_START:
+    # Trained weights in float32 beside frozen ones in bfloat16 need autocast, as they have it in training.
+    with torch.autocast(training_device(), dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        after = probe.logits(prepared.model, ids).float()
+    difference, allowed = probe.distance(after, before, probe.TOLERANCE)
+    if exact and not difference <= allowed:
         raise StageFailed(
             f"stage {stage.name}: preparing method {stage.method.kind} moved the model by {difference:.2g} in logits "
-            f"before the first step, allowed {EXACT_START:g}; this is a fault of ours, please report it"
+            f"before the first step, allowed {allowed:.2g}; this is a fault of ours, please report it"
         )
     record = {"start": {"reload_error": start_error, "adapted_difference": difference, "exact": exact}}
     return prepared, record

@@ -22,6 +22,19 @@ os.environ |= {
 }
 
 
+_DEPRECATIONS = (
+    # torch.jit.script_method in a dependency of ours; where it was called from is not in the warning
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning:torch.jit._script",
+    # PEFT 0.21 reads the old name of a property of transformers 5.23
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers.modeling_utils",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _DEPRECATIONS:
+        config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 
@@ -38,14 +51,22 @@ def _no_state_between_tests(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models by name: `untied` and `tied`. Read only."""
+    """Tiny models by name: `untied` and `tied`, with weights as large as trained ones. Read only."""
+    import torch
     from tiny import write_model
+    from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("models")
-    return {
-        "untied": write_model(folder / "untied", layers=4),
-        "tied": write_model(folder / "tied", tied=True, layers=4),
-    }
+    found = {}
+    for name in ("untied", "tied"):
+        found[name] = write_model(folder / name, tied=name == "tied", layers=4)
+        model = AutoModelForCausalLM.from_pretrained(found[name], dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(8)  # as drawn, attention is uniform and logits are near zero
+        model.save_pretrained(found[name])
+    return found
 
 
 @pytest.fixture(scope="session")

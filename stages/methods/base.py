@@ -32,8 +32,10 @@ class MethodSpec(Spec):
     """Whether the start model stays intact beneath what trains, so that it can serve as DPO's reference."""
     starts_exactly: ClassVar[bool] = True
     """Whether the prepared model equals the start model; quantised ones only come near."""
+    widest: ClassVar[str] = "float64"
+    """The widest precision in which the trained model can compute; 4-bit kernels end at float32."""
     merge_tolerance: ClassVar[float] = 1e-4
-    """Largest difference in logits, at float32, between the trained model and its merge."""
+    """Largest difference in logits between the trained model and its merge."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages beyond torch and transformers that the method needs."""
 
@@ -47,9 +49,9 @@ class MethodSpec(Spec):
 
         return load_plain(start, dtype, training_device())
 
-    def for_float32_logits(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """The trained model, on the CPU and computing in float32: what its merge is compared with."""
-        return model.to("cpu").float()
+    def for_comparison(self, model: "torch.nn.Module", dtype: "torch.dtype") -> "torch.nn.Module":
+        """The trained model, on the CPU and computing in ``dtype``: what its merge is compared with."""
+        return model.to(device="cpu", dtype=dtype)
 
     def prepare(self, model: "PreTrainedModel") -> Prepared:
         """Turn the loaded start model into the one that trains.

@@ -25,6 +25,7 @@ class Qlora(LowRank):
     """Quantise the quantisation constants too: 4.13 instead of 4.5 bits per weight."""
 
     starts_exactly: ClassVar[bool] = False
+    widest: ClassVar[str] = "float32"
     requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
 
     def load(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
@@ -45,14 +46,13 @@ class Qlora(LowRank):
         keep_weights_trainable(model)
         return model
 
-    def for_float32_logits(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """The trained model where it is (4-bit weights stay on their device), its layers computing in float32."""
+    def for_comparison(self, model: "torch.nn.Module", dtype: "torch.dtype") -> "torch.nn.Module":
+        """The trained model where it is (4-bit weights stay on their device), computing in ``dtype``."""
         import bitsandbytes as bnb
-        import torch
 
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
-                module.compute_dtype = torch.float32
+                module.compute_dtype = dtype
         return model
 
     def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
