@@ -1,13 +1,14 @@
 """The command line. Heavy imports stay inside the commands: help, validate and plan start fast."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from stages.errors import InvalidInput, TriviumError
+from stages.errors import InvalidInput, TriviumError, TryAgain
 
 if TYPE_CHECKING:
     from flows.engine import Run
@@ -198,7 +199,13 @@ def ui(
 def main() -> None:
     """Run a command and leave with the exit code that `stages.errors` documents."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: the stage saves a checkpoint and its processes are gone."""
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
@@ -216,7 +223,7 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("trivium: stopped; run again to go on", file=sys.stderr)  # noqa: T201
-        return 75
+        return TryAgain.exit_code
     except BrokenPipeError:
         return 0
     return 0

@@ -126,9 +126,7 @@ def test_instruction_rows(folder, name):
         assert (question["role"], answer["role"]) == ("user", "assistant")
         assert 10 <= len(question["content"]) <= 250
         assert 3 <= len(answer["content"]) <= 220
-    assert len({row["messages"][0]["content"] for row in rows(folder, name)}) >= 0.98 * len(
-        rows(folder, name)
-    )
+    assert len({row["messages"][0]["content"] for row in rows(folder, name)}) >= 0.98 * len(rows(folder, name))
 
 
 @pytest.mark.parametrize("name", ["data/preferences.jsonl", "data/preferences.heldout.jsonl"])
@@ -190,9 +188,7 @@ def test_no_held_out_text_is_trained_on(folder):
 
 
 def test_no_held_out_document_is_trained_on(folder):
-    sources = [
-        {row["source"] for row in rows(folder, f"data/{name}.jsonl")} for name in ("corpus", "corpus.heldout")
-    ]
+    sources = [{row["source"] for row in rows(folder, f"data/{name}.jsonl")} for name in ("corpus", "corpus.heldout")]
     assert not sources[0] & sources[1]
     topics = [row for row in rows(folder, "data/corpus.heldout.jsonl") if row["source"].startswith("topic:")]
     assert all(len(row["text"]) <= 2_000 for row in topics)
