@@ -117,7 +117,11 @@ def _with_prefect(asked: "Run", listen: "Listener") -> None:
     from flows import process
     from flows.server import use_project_server
 
-    process.warm()  # the first step's imports, while Prefect's own and its server's start take their time
+    plan = asked.plan(forced=True)
+    if plan.pending:
+        process.warm(
+            plan.job(plan.pending[0]).kind
+        )  # the first step's imports, while Prefect's own and its server's start take their time
     use_project_server(asked.root)
     # The terminal has its own lines; the UI keeps Prefect's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")

@@ -19,7 +19,7 @@ PHASES = {
     "stage": ("load", "train", "merge", "evaluate"),
     "release": ("release",),
 }
-_LAST_CHANCE_TO_WARM = {"merge", "evaluate"}
+_WARM_FROM = {"merge", "evaluate"}
 
 T = TypeVar("T")
 
@@ -172,20 +172,20 @@ def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     job = plan.job(step)
     folder = plan.store / ".jobs"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{step.work.name}.json"
+    file = folder / f"{step.name}-{step.work.name}.json"
     file.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     phases = [name for name in PHASES[job.kind] if name != "evaluate" or job.measurements]
     if not job.make:
         phases = ["evaluate"]
-    child = process.start(file)
+    child = process.start(job.kind, file)
     events = child.events(hooks.cancelled)
-    more_to_do = step.order + 1 < len(plan.steps) and plan.steps[-1] in plan.pending
+    following = next((later for later in plan.steps[step.order + 1 :] if later in plan.pending), None)
 
     def until_done(phase: str) -> None:
         for event in events:
             hooks.event(step, event)
-            if event["event"] == "phase_started" and event["phase"] in _LAST_CHANCE_TO_WARM and more_to_do:
-                process.warm()
+            if event["event"] == "phase_started" and event["phase"] in _WARM_FROM and following is not None:
+                process.warm(plan.job(following).kind)
             if event["event"] == "phase_done" and event["phase"] == phase:
                 return
         raise StageFailed(

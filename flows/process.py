@@ -30,10 +30,10 @@ _standby: "StageProcess | None" = None
 class StageProcess:
     """One ``python -m stages.run``, and the events that it sends."""
 
-    def __init__(self) -> None:
-        """Start it; it imports and waits for its job. Call from the main thread."""
+    def __init__(self, kind: str) -> None:
+        """Start it; it imports what a job of this kind needs and waits for one. Call from the main thread."""
         self._child = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", "stages.run", "--wait", str(os.getpid())],
+            [sys.executable, "-m", "stages.run", "--wait", str(os.getpid()), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -100,17 +100,17 @@ class StageProcess:
         self._events.put(None)
 
 
-def warm() -> None:
-    """Start the process of the next step now."""
+def warm(kind: str) -> None:
+    """Start the process of the next step now; ``kind`` is its job's."""
     global _standby  # noqa: PLW0603 - at most one waits
     if _standby is None:
-        _standby = StageProcess()
+        _standby = StageProcess(kind)
 
 
-def start(job: Path) -> StageProcess:
+def start(kind: str, job: Path) -> StageProcess:
     """The waiting process, or a new one, at work on ``job``."""
     global _standby
-    warm()
+    warm(kind)
     process, _standby = _standby, None
     if process is None:
         raise StageFailed("no process could be started")

@@ -37,7 +37,8 @@ class TrainSpec(Spec):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Autocast for the forward pass; auto is bfloat16 where the device computes in it, else float32."""
+    """Autocast for the forward pass; auto is bfloat16 where the device computes in it or the weights are in
+    it, else float32."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """How frozen weights are held while training; trained ones are always float32."""
     gradient_checkpointing: bool = False
@@ -55,6 +56,8 @@ class TrainSpec(Spec):
             raise ValueError("give either epochs or max_steps")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.weights_dtype == "bfloat16" and self.precision == "float32":
+            raise ValueError("weights in bfloat16 are multiplied in bfloat16: remove precision or weights_dtype")
         if self.schedule == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
             raise ValueError("schedule constant has no warm-up; use constant_with_warmup or remove warmup_ratio")
         return self

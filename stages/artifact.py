@@ -8,6 +8,7 @@ can be edited without training again.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ ADAPTER = "adapter"
 EVALUATION = "evaluation"
 VERDICT = "verdict.json"
 _ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
+_PARTIAL = ".partial"
 _FORMAT = 1
 
 
@@ -74,7 +76,7 @@ def files_below(folder: Path) -> list[Path]:
 def write_json(path: Path, document: Any) -> None:
     """Write ``document`` so that readers see the old file or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.flush()
@@ -102,7 +104,9 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
         record: what the stage wants known: versions, measurements of the run, hand-over errors.
     """
     files = {
-        str(path.relative_to(work)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files_below(work)
+        str(path.relative_to(work)): {"sha256": sha256(path), "size": path.stat().st_size}
+        for path in files_below(work)
+        if path.name != MANIFEST and not path.name.endswith(_PARTIAL)
     }
     for name in files:
         sync(work / name)
@@ -115,6 +119,7 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
         "record": record,
         "files": files,
     }
+    manifest["seal"] = fingerprint(manifest)
     write_json(work / MANIFEST, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     work.rename(target)
@@ -127,6 +132,8 @@ def read(path: Path) -> Artifact | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT or manifest["identity"] != fingerprint(manifest["inputs"]):
+            return None
+        if manifest["seal"] != fingerprint({key: value for key, value in manifest.items() if key != "seal"}):
             return None
         return Artifact(path, manifest) if isinstance(manifest["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -150,7 +157,11 @@ def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[s
             found.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
         elif digest(path) != expected["sha256"]:
             found.append(f"{name} was changed")
-    found += [f"{name} does not belong there" for name in present if Path(name).parts[0] not in _ADDED_LATER]
+    found += [
+        f"{name} does not belong there"
+        for name in present
+        if Path(name).parts[0] not in _ADDED_LATER and not name.endswith(_PARTIAL)
+    ]
     return found
 
 

@@ -47,6 +47,9 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     _refuse_quantised(model, place)
     ids = probe.probe_ids(model)
     probe.record(work, ids, probe.plain_logits(model, ids))
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise InvalidInput(f"{place}: the base holds inf or nan in {', '.join(broken[:3])}")
     record: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     if place.parent != work:
         record["model_path"] = str(place)
@@ -55,12 +58,12 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
 
 def _snapshot(hub: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInput(
             f"model.hub: {hub}@{revision[:8]} cannot be fetched ({error}); check the id and the revision, log in "
             "for a gated model (HF_TOKEN), or download it and name the folder by model.path"

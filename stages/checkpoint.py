@@ -16,6 +16,8 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as whole: its files on the disk, their hashes in the seal, the seal last."""
     files = {}
+    for folder in [path for path in checkpoint.rglob("*") if path.is_dir()]:
+        sync(folder)
     for path in files_below(checkpoint):
         name = str(path.relative_to(checkpoint))
         if name != SEAL:
@@ -30,6 +32,8 @@ def is_whole(checkpoint: Path) -> bool:
         files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         present = {str(path.relative_to(checkpoint)) for path in files_below(checkpoint)} - {SEAL}
     except (OSError, ValueError, StageFailed):
+        return False
+    if not isinstance(files, dict):
         return False
     return present == set(files) and all(sha256(checkpoint / name) == sha for name, sha in files.items())
 

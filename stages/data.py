@@ -3,11 +3,12 @@
 import csv
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from specs.data import DataSpec
+from specs.data import FORMATS, DataSpec
 from stages.artifact import sha256
 from stages.errors import InvalidInput
 from stages.rows import BadRow, Row
@@ -26,7 +27,7 @@ def files_of(source: DataSpec, folder: Path) -> list[Path]:
     if source.path is not None:
         return _local_files(source.path, folder)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot = Path(
@@ -37,7 +38,7 @@ def files_of(source: DataSpec, folder: Path) -> list[Path]:
                 allow_patterns=source.files,
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInput(
             f"{source.label}: cannot be fetched from the hub ({error}); "
             "check the id and the revision, or download the files and name them by path"
@@ -57,7 +58,13 @@ def _local_files(pattern: str, folder: Path) -> list[Path]:
 
 
 def _matches(folder: Path, pattern: str, label: str) -> list[Path]:
-    found = sorted(path for path in folder.glob(pattern) if path.is_file())
+    start, relative = folder, Path(pattern)
+    if relative.is_absolute():
+        start, relative = Path(relative.anchor), relative.relative_to(relative.anchor)
+    try:
+        found = sorted(path for path in start.glob(str(relative)) if path.is_file())
+    except ValueError as error:
+        raise InvalidInput(f"{label}: not a pattern of file names: {error}") from error
     if not found:
         raise InvalidInput(f"{label}: no file matches")
     return found
@@ -138,7 +145,9 @@ def _renamed(raw: Row, columns: dict[str, str]) -> Row:
 
 
 def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
-    reader = _READERS[path.suffix]
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise InvalidInput(f"{path}: cannot tell its format; allowed endings: {', '.join(FORMATS)}")
     for number, (place, row) in enumerate(reader(path)):
         if limit is not None and number >= limit:
             return
@@ -164,23 +173,37 @@ def _json_row(line: bytes) -> Row | BadRow:
 
 def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        yield "1", {"text": path.read_text(encoding="utf-8")}
+        yield "1", {"text": path.read_text(encoding="utf-8-sig")}
     except UnicodeDecodeError as error:
         yield "1", BadRow(f"not UTF-8 (byte {error.start + 1} of the file)")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
+    csv.field_size_limit(sys.maxsize)  # a document may be one cell
+    with path.open("rb") as file:
+        lines = _Decoded(file)
+        reader = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rest
+        try:
             for row in reader:
                 extra = None in row or None in row.values()
-                yield (
-                    str(reader.line_num),
-                    BadRow(f"not {len(reader.fieldnames or ())} columns") if extra else row,
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        yield "1", BadRow(f"not a UTF-8 CSV file: {error}")
+                yield str(lines.number), BadRow(f"not {len(reader.fieldnames or ())} columns") if extra else row
+        except UnicodeDecodeError as error:
+            yield str(lines.number), BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
+        except csv.Error as error:
+            yield str(lines.number), BadRow(f"not CSV: {error}")
+
+
+class _Decoded:
+    """Lines of a binary file as text, counted, without the byte order mark that Excel writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.number += 1
+            yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -194,7 +217,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield str(number), row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield "1", BadRow(f"not a Parquet file: {error}")
 
 

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import DpoTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
+from stages.errors import StageFailed
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, preference_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+
+REFERENCE_TOLERANCE = 0.05
+"""Nats that policy and reference may differ by on a pair: the same model, batched otherwise, under autocast."""
 
 
 class Dpo(ObjectiveSpec):
@@ -45,6 +50,37 @@ class Dpo(ObjectiveSpec):
     def first_loss(self) -> float | None:
         """What the loss must be while policy and reference are the same model; None where it says nothing."""
         return math.log(2) if self.train.loss == "sigmoid" else None
+
+    def check_reference(self, trainer: "Trainer") -> None:
+        """Compare the log-probabilities of policy and reference on the first pairs, under the trainer's autocast.
+
+        The first loss alone would not do: most variants have none that is known, and a policy that was moved
+        together with its reference has the right one.
+        """
+        import torch
+
+        unwrapped: Any = trainer
+        batch = next(iter(trainer.get_train_dataloader()))
+        kept = [batch.get(f"ref_{side}_logps") for side in ("chosen", "rejected")]
+        training = unwrapped.model.training
+        unwrapped.model.eval()
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with torch.no_grad(), unwrapped.accelerator.autocast():
+            policy = unwrapped.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            ).log_probs.sum(dim=1)
+        reference = kept if kept[0] is not None else unwrapped.compute_ref_log_probs(unwrapped.model, batch)
+        unwrapped.model.train(training)
+        difference = float((torch.cat(list(reference)) - policy).abs().max())
+        if not difference <= REFERENCE_TOLERANCE:
+            raise StageFailed(
+                f"stage {self.name}: the reference differs from the start by {difference:.2g} nats before the first "
+                f"step, allowed {REFERENCE_TOLERANCE:g}; this is a fault of ours, please report it"
+            )
 
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
         """Pairs as messages, which TRL tokenises; a pair with nothing left to compare is dropped and counted."""

@@ -8,6 +8,9 @@ from typing import Any
 from specs.gate import GateSpec, absolute
 from stages.measure import Measure, difference
 
+ROUNDING = 1e-9
+"""Binary fractions: 0.50 - 0.48 is a little more than 0.02, and a gate that allows 0.02 means 0.02."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -42,6 +45,8 @@ def _verdict(gate: GateSpec, measured: Measured) -> Verdict:
     ours = measured("here", gate.metric_name, gate.measure)
     if ours is None:
         return _refused(gate, "was not measured here")
+    if ours.n == 0:
+        return _refused(gate, "was measured on no examples")
     if not math.isfinite(ours.value):
         return _refused(gate, f"is {ours.value}")
     if gate.reference is None:
@@ -78,13 +83,14 @@ def _against_model(gate: GateSpec, ours: Measure, theirs: Measure) -> Verdict:
     margin = _margin(gate, error)
     if margin is None:
         return _refused(gate, "has no standard error, and the gate asks for one")
+    slack = ROUNDING * max(1.0, abs(theirs.value))
     if gate.improves_on is not None:
         needed = absolute(gate.by, theirs.value)
-        passed = gain >= needed and gain > margin
+        passed = gain >= needed - slack and gain > margin
         wanted = f"needed a gain of {needed:.3g}" + (f" and more than {margin:.3g}" if margin else "")
     else:
         allowed = absolute(gate.within, theirs.value)
-        passed = gain - margin >= -allowed
+        passed = gain - margin >= -allowed - slack
         wanted = f"allowed a loss of {allowed:.3g}" + (f" less {margin:.3g}" if margin else "")
     word = "better" if gain >= 0 else "worse"
     reason = (

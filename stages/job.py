@@ -6,6 +6,9 @@ from typing import Any, Literal
 from specs.base import Spec
 from stages.pipeline import Pipeline
 
+STAGE = "stage"
+"""The kind of a job that trains; the other kinds are `base` and `release`."""
+
 
 class Measurement(Spec):
     """One metric to measure, and where it is kept."""

@@ -36,6 +36,6 @@ def exclusive(path: Path) -> Iterator[None]:
 def _holder(text: str) -> str:
     try:
         record = json.loads(text)
-    except ValueError:
+        return f"process {record['pid']} on {record['host']}"
+    except (ValueError, KeyError, TypeError):
         return "another process"
-    return f"process {record['pid']} on {record['host']}"

@@ -49,6 +49,9 @@ def hand_over(
 
     from stages.artifact import MODEL
 
+    broken = _not_finite(trained)
+    if broken:
+        raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
     dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
     live = method.for_comparison(trained, dtype)
     ids = probe.probe_ids(live)
@@ -76,8 +79,6 @@ def hand_over(
 
 
 def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path) -> list[str]:
-    import torch
-
     problems = []
     if set(reloaded.state_dict()) != keys:
         problems.append(f"other weights than written: {sorted(set(reloaded.state_dict()) ^ keys)[:3]}")
@@ -85,10 +86,17 @@ def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, 
     changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER
     if changed:
         problems.append(f"the config changed in {', '.join(sorted(changed))}")
-    broken = [name for name, p in reloaded.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
-        problems.append(f"inf or nan in {', '.join(broken[:3])}")
+    if broken := _not_finite(reloaded):
+        problems.append(f"inf or nan in {broken}")
     return problems
+
+
+def _not_finite(model: "torch.nn.Module") -> str:
+    """The first parameters that hold inf or nan, by name; empty where none does."""
+    import torch
+
+    floats = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return ", ".join([name for name, p in floats if not bool(torch.isfinite(p).all())][:3])
 
 
 def _config(model: "PreTrainedModel") -> dict[str, Any]:

@@ -26,20 +26,25 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
     Raises:
         InvalidInput: the folder holds no such model; the library's own reason is in the message.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
             **settings,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidInput(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+    if info["missing_keys"]:  # the library would draw them at random and go on
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InvalidInput(f"{folder}: {len(info['missing_keys'])} weights are missing from its files: {names}")
     return cast("PreTrainedModel", model)
 
 
@@ -69,15 +74,16 @@ def save_plain(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", f
 
 
 def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let the generation config stop at the end of a chat turn as well as at the end of text."""
-    from stages.conversation import turn_terminator
+    """Let generation stop at the end of a chat turn and at the end of text: stages teach both."""
+    from stages.conversation import end_of_text, turn_terminator
 
     config = model.generation_config
     if config is None:
         return
     stops = config.eos_token_id
     known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    wanted = [tokenizer.eos_token_id, turn_terminator(tokenizer) if tokenizer.chat_template else None]
+    turn_end = turn_terminator(tokenizer) if tokenizer.chat_template else None
+    wanted = [tokenizer.eos_token_id, turn_end, end_of_text(tokenizer, None)]
     known += [token for token in dict.fromkeys(wanted) if token is not None and token not in known]
     config.eos_token_id = known[0] if len(known) == 1 else known
     if config.pad_token_id is None:

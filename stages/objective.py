@@ -75,6 +75,13 @@ class ObjectiveSpec(StageSpec):
         """The rows as the trainer takes them, and what their masks came to."""
         raise TypeError(f"objective {self.kind} has no dataset")
 
+    def check_reference(self, trainer: "Trainer") -> None:
+        """Hold the trainer's reference model against its policy, before the first step.
+
+        Raises:
+            stages.errors.StageFailed: they differ; an objective without a reference has nothing to check.
+        """
+
     def trainer(
         self,
         model: Any,

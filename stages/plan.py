@@ -1,6 +1,7 @@
 """Which steps are published, which are stale and why, which are missing. Pure: reads, never writes a step."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +44,7 @@ TRAINING_LIBRARIES = (
 MEASURING_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
 RELEASE = "release"
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_DIGEST = re.compile(r"(^|:)[0-9a-f]{64}$")
 _BASE_VERSION = 1
 _MEASURE_VERSION = 1
 
@@ -134,9 +136,10 @@ class Digests:
         self._file = file
         self._changed = False
         try:
-            self._known: dict[str, list[Any]] = json.loads(file.read_text(encoding="utf-8"))
+            kept = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            kept = None
+        self._known: dict[str, Any] = kept if isinstance(kept, dict) else {}
 
     def __call__(self, path: Path) -> str:
         """The sha256 (hex) of a file."""
@@ -144,7 +147,7 @@ class Digests:
         stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         key = str(path.resolve())
         known = self._known.get(key)
-        if known is not None and known[:-1] == stamp:
+        if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         digest = sha256(path)
         self._known[key] = [*stamp, digest]
@@ -225,18 +228,27 @@ class _Planner:
         damaged = None
         if artifact is not None and (found := damage(artifact, self.digest)):
             damaged, artifact, reason = artifact.path, None, f"damaged since it was published: {found[0]}"
+        elif artifact is not None and self._moved(artifact):
+            damaged, artifact, reason = artifact.path, None, "the base folder is elsewhere now"
         elif self.forced and artifact is not None:
             damaged, artifact, reason = artifact.path, None, f"forced by --from {self.forced_from}"
         elif artifact is not None:
             reason = "published"
+        elif target.exists():
+            damaged, reason = target, "damaged since it was published: its manifest is missing or was changed"
         else:
             reason = self._why(name, identity)
         place = target if artifact is None else artifact.path
-        work = self.store / ".work" / f"{name}-{short(key)}"
+        work = self.store / ".work" / key[:16]  # no name in it: a stage that was renamed resumes
         if artifact is None and (step := checkpoint.newest_step(work / "checkpoints")):
             reason += f"; resumes at step {step}"
         measurements = () if name == RELEASE else self._measurements(name, place, key)
         self.steps.append(Step(order, name, stage, identity, target, work, artifact, reason, damaged, measurements))
+
+    def _moved(self, artifact: Artifact) -> bool:
+        """Whether a base that refers to a folder refers to another one than the spec names now."""
+        elsewhere = artifact.manifest["record"].get("model_path")
+        return elsewhere is not None and Path(elsewhere) != (self.folder / str(self.pipeline.model.path)).resolve()
 
     def _why(self, name: str, identity: dict[str, Any]) -> str:
         old = newest_of_stage(self.store, name)
@@ -253,7 +265,8 @@ class _Planner:
             reference = self._reference(metric) if isinstance(spec, PreferenceSpec) else None
             identity = {
                 "model": key,
-                "metric": identity_fields(spec),
+                # Whether the template is applied here counts, not where else it is.
+                "metric": {key: value for key, value in identity_fields(spec).items() if key != "chat_template"},
                 "data": _metric_digests(spec, self.folder, self.digest),
                 "dtype": self.pipeline.model.dtype,
                 "chat_template": applied,
@@ -361,10 +374,12 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
             inner = f"{path}.{key}" if path and path != "stage" else key
             found += _changes(old.get(key), new.get(key), inner)
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [text for n, pair in enumerate(zip(old, new, strict=True)) for text in _changes(*pair, f"{path}.{n}")]
     if old == new:
         return []
     if path == "parent":
         return ["the step before it"]
-    if path.startswith(("data", "files")):
+    if any(isinstance(side, str) and _DIGEST.search(side) for side in (old, new)):
         return [f"content of {path}"]
     return [f"{path}: {old!r:.60} -> {new!r:.60}"]

@@ -27,9 +27,7 @@ def conversation_row(row: Row) -> Row:
     elif "completion" in row:
         messages = [*_turns(row, "prompt", "user"), *_turns(row, "completion", "assistant")]
     elif "output" in row:
-        extra = row.get("input") or ""
-        if not isinstance(extra, str):
-            raise BadRow(f"column 'input' holds {_kind(extra)}; expected text")
+        extra = "" if row.get("input") in (None, "") else _text(row, "input")
         question = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
         messages = [
             {"role": "user", "content": question},
@@ -60,8 +58,10 @@ def preference_row(row: Row) -> Row:
             raise BadRow("chosen and rejected share no first message, and there is no column 'prompt'")
         if not prompt:
             raise BadRow("no column 'prompt'; plain text answers need one")
-    if chosen == rejected or not chosen or not rejected:
+    if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
+    if not chosen or not rejected:
+        raise BadRow(f"{'rejected' if chosen else 'chosen'} has nothing after the messages that both share")
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             raise BadRow(f"{name} is not one assistant message after the prompt")
@@ -83,6 +83,10 @@ def _text(row: Row, column: str) -> str:
         raise BadRow(f"column {column!r} is empty")
     if "\0" in value:
         raise BadRow(f"column {column!r} holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"column {column!r} holds half of a surrogate pair") from None
     return value
 
 
@@ -100,7 +104,7 @@ def _messages(row: Row, column: str) -> list[dict[str, str]]:
     for number, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             found = message.get("role") if isinstance(message, dict) else message
-            raise BadRow(f"{column}[{number}] has role {found!r}; allowed: {', '.join(ROLES)}")
+            raise BadRow(f"{column}[{number}] has role {repr(found)[:40]}; allowed: {', '.join(ROLES)}")
         try:
             content = _text(message, "content")
         except BadRow as error:

@@ -24,15 +24,15 @@ from stages.artifact import ADAPTER, MODEL, Artifact, publish, read, verified, w
 from stages.base import prepare_base
 from stages.data import mixed
 from stages.errors import InvalidInput, StageFailed, TriviumError
-from stages.job import Job, read_job
+from stages.job import STAGE, Job, read_job
 from stages.lock import exclusive
 from stages.log import event, info, open_channel, phase
 from stages.merge import hand_over
 from stages.methods.base import Prepared
 from stages.model import load_plain, load_tokenizer, save_plain, training_device
 from stages.objective import ObjectiveSpec
-from stages.plan import TRAINING_LIBRARIES, data_digests, versions
-from stages.train import Preemption, fit
+from stages.plan import RELEASE, TRAINING_LIBRARIES, data_digests, versions
+from stages.train import Preemption, autocasts, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
         if artifact is None:
             work = Path(job.work)
             work.mkdir(parents=True, exist_ok=True)
-            make = {BASE: _make_base, "release": _make_release}.get(job.kind, _make_stage)
+            make = {BASE: _make_base, RELEASE: _make_release}.get(job.kind, _make_stage)
             model, artifact = make(job, work, durations, preemption)
         if job.measurements:
             with phase("evaluate", durations):
@@ -172,7 +172,8 @@ def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared
     else:
         del plain
         gc.collect()
-        model = stage.method.load(start.model, dtype)
+        compute = torch.bfloat16 if autocasts(stage) else torch.float32
+        model = stage.method.load(start.model, dtype, compute)
     prepared = stage.method.prepare(model)
     # Trained weights in float32 beside frozen ones in bfloat16 need autocast, as they have it in training.
     with torch.autocast(training_device(), dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -250,19 +251,27 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def import_ahead() -> None:
-    """Import what a stage needs: half of a short stage's time, unless it is done while another one works."""
-    import datasets
-    import lm_eval
-    import lm_eval.models.huggingface
-    import peft
+def import_ahead(kind: str) -> None:
+    """Import what a step of this kind needs: longer than a short stage's merge, unless another one works meanwhile."""
     import torch
-    import trl
+    import transformers
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    if kind == RELEASE:
+        return
+    import datasets
+    import lm_eval.models.huggingface
 
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-    _ = (lm_eval, peft, trl.SFTTrainer, trl.DPOTrainer)
+    if kind == STAGE:
+        import peft
+        import trl
+
+        _ = (peft.PeftModel, trl.SFTTrainer, trl.DPOTrainer)
+    _ = lm_eval.models.huggingface.HFLM
 
 
 def main(arguments: list[str]) -> int:
@@ -273,7 +282,7 @@ def main(arguments: list[str]) -> int:
     if waiting:
         _die_with(int(arguments[1]))
         open_channel(Path(os.devnull))
-        import_ahead()
+        import_ahead(arguments[2])
         event("ready")
         line = sys.stdin.readline().strip()
         if not line:
@@ -283,9 +292,10 @@ def main(arguments: list[str]) -> int:
     open_channel(job_file.with_suffix(".log"))
     event("started", pid=os.getpid(), at=time.time())
     try:
+        job = read_job(job_file)
         if not waiting:
-            import_ahead()
-        run_job(read_job(job_file), Preemption())
+            import_ahead(job.kind)
+        run_job(job, Preemption())
     except TriviumError as error:
         event("failed", exit_code=error.exit_code, reason=str(error))
         return error.exit_code

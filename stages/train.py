@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import checkpoint
+from stages import checkpoint, probe
 from stages.errors import StageFailed, TryAgain
 from stages.log import event, info
 from stages.methods.base import Prepared
@@ -158,6 +158,13 @@ def computes_in_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def autocasts(stage: ObjectiveSpec) -> bool:
+    """Whether a stage's forward pass runs under bfloat16 autocast on this machine."""
+    if stage.train.precision != "auto" or stage.train.weights_dtype == "bfloat16":
+        return stage.train.precision != "float32"
+    return computes_in_bfloat16()
+
+
 class Preemption:
     """SIGTERM: while training, a flag that the next step boundary reads; elsewhere, the end at once.
 
@@ -199,11 +206,14 @@ def fit(
     import torch
 
     cpu = not torch.cuda.is_available()
-    wanted = stage.train.precision
-    bfloat16 = computes_in_bfloat16() if wanted == "auto" else wanted == "bfloat16"
+    bfloat16 = autocasts(stage)
     arguments = trainer_arguments(stage, seed=seed, folder=folder, bfloat16=bfloat16, cpu=cpu)
     watcher = _watcher(stage, folder, preemption)
+    ids = probe.probe_ids(prepared.model)
+    before = probe.logits(prepared.model, ids)
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
+    _check_policy(stage, float((probe.logits(prepared.model, ids) - before).abs().max()))
+    stage.check_reference(trainer)
     _check_trainable(trainer.model, prepared.trainable, stage)
     resume = checkpoint.newest_whole(folder)
     if resume is not None:
@@ -235,6 +245,15 @@ def fit(
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
     }
+
+
+def _check_policy(stage: ObjectiveSpec, moved: float) -> None:
+    """The trainer's constructor must leave the policy alone: an adapter set up twice moves it, silently."""
+    if not moved <= probe.TOLERANCE:
+        raise StageFailed(
+            f"stage {stage.name}: setting up the trainer moved the policy by {moved:.2g} in logits before its first "
+            "step; this is a fault of ours, please report it"
+        )
 
 
 def _check_trainable(model: Any, planned: frozenset[str], stage: ObjectiveSpec) -> None:

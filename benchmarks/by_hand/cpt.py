@@ -1,6 +1,6 @@
 """Continued pre-training with TRL: the matrices that `spectrum.py` listed, in full.
 
-    python cpt.py --spec spec.yaml --model BASE --unfrozen unfrozen.yaml --output CPT
+Usage: python cpt.py --spec spec.yaml --model BASE --unfrozen unfrozen.yaml --output CPT
 """
 
 import torch

@@ -1,6 +1,6 @@
 """DPO with TRL on a 4-bit base (QLoRA); the reference is the base with its adapter switched off.
 
-    python dpo.py --spec spec.yaml --model SFT-MERGED --output DPO
+Usage: python dpo.py --spec spec.yaml --model SFT-MERGED --output DPO
 """
 
 import bitsandbytes as bnb

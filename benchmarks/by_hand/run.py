@@ -28,6 +28,7 @@ class Recorder:
         self.phases: list[dict[str, Any]] = []
 
     def run(self, name: str, command: list[str]) -> None:
+        """Run one command to its end, its output in a log; stop everything if it fails."""
         log = self.logs / f"{len(self.phases):02}-{name.replace(' ', '-')}.log"
         started = time.monotonic()
         with log.open("wb") as file:
@@ -43,6 +44,7 @@ class Recorder:
         print(f"{name}: {wall:.1f} s", flush=True)
 
     def script(self, name: str, script: str, **options: Path | str) -> None:
+        """Run one of the scripts of this folder."""
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         self.run(name, [sys.executable, str(HERE / f"{script}.py"), *flags])
 

@@ -43,8 +43,8 @@ class MethodSpec(Spec):
         """Module names that must exist in the model, or None where the method finds its own."""
         return None
 
-    def load(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
-        """The start model as this method trains it, frozen weights in ``dtype``."""
+    def load(self, start: Path, dtype: "torch.dtype", compute: "torch.dtype") -> "PreTrainedModel":
+        """The start model as this method trains it: frozen weights in ``dtype``, multiplied in ``compute``."""
         from stages.model import load_plain, training_device
 
         return load_plain(start, dtype, training_device())

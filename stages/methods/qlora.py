@@ -28,8 +28,8 @@ class Qlora(LowRank):
     widest: ClassVar[str] = "float32"
     requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
 
-    def load(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
-        """The start model with its linear layers in 4 bits; they compute in ``dtype``."""
+    def load(self, start: Path, dtype: "torch.dtype", compute: "torch.dtype") -> "PreTrainedModel":
+        """The start model with its linear layers in 4 bits; the rest stays in float32, as it was handed over."""
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -39,9 +39,8 @@ class Qlora(LowRank):
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quantization,
             bnb_4bit_use_double_quant=self.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=compute,
         )
-        # Loaded in float32 so that what is not quantised keeps the hand-over's precision.
         model = load_plain(start, torch.float32, training_device(), quantization_config=settings)
         keep_weights_trainable(model)
         return model
@@ -60,7 +59,7 @@ class Qlora(LowRank):
         import torch
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-        base = self.load(start, torch.float32).dequantize().to("cpu").float()
+        base = self.load(start, torch.float32, torch.float32).dequantize().to("cpu").float()
         target = get_peft_model(base, self.adapter_config()).float()
         result = set_peft_model_state_dict(target, get_peft_model_state_dict(cast("PeftModel", model)))
         if result.unexpected_keys:

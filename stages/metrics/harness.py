@@ -37,18 +37,28 @@ def task_config(path: Path) -> dict[str, Any]:
         raise InvalidInput(f"{path}: not a task YAML that can be used (tags are not allowed): {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise InvalidInput(f"{path}: a task YAML names its task (`task: NAME`)")
-    files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
-    if isinstance(files, dict):
-        config["dataset_kwargs"]["data_files"] = {
-            split: str((path.parent / file).resolve()) for split, file in files.items()
+    kwargs = config.get("dataset_kwargs")
+    if isinstance(kwargs, dict) and kwargs.get("data_files"):
+        kwargs["data_files"] = {
+            split: [str((path.parent / file).resolve()) for file in names]
+            for split, names in _by_split(kwargs["data_files"], path).items()
         }
     return config
+
+
+def _by_split(files: Any, path: Path) -> dict[str, list[str]]:
+    """`data_files` in each of the forms that the datasets library takes, as split -> names."""
+    splits = files if isinstance(files, dict) else {"train": files}
+    found = {split: [names] if isinstance(names, str) else names for split, names in splits.items()}
+    if not all(isinstance(names, list) and all(isinstance(one, str) for one in names) for names in found.values()):
+        raise InvalidInput(f"{path}: data_files is a file name, a list of them, or one of these per split")
+    return found
 
 
 def task_files(path: Path) -> list[Path]:
     """The task YAML and the local data files that it names."""
     kwargs = task_config(path).get("dataset_kwargs") or {}
-    return [path, *(Path(file) for file in (kwargs.get("data_files") or {}).values())]
+    return [path, *(Path(file) for names in (kwargs.get("data_files") or {}).values() for file in names)]
 
 
 def measure(

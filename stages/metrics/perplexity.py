@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from specs.gate import PerplexitySpec
 from stages.conversation import Encoded, encode_conversation
 from stages.data import read_source
+from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.metrics.scoring import log_likelihoods
 from stages.rows import Row, any_scored_row
@@ -66,8 +67,10 @@ def _windows(row: Row, tokenizer: "PreTrainedTokenizerBase", length: int) -> lis
     one before, as the LM evaluation harness does it.
     """
     if "messages" in row:
-        ids, mask = encode_conversation(tokenizer, row["messages"])
-        return [Encoded(ids[-length:], mask[-length:])]
+        encoded = encode_conversation(tokenizer, row["messages"])
+        if len(encoded.ids) > length:  # cut, it would look like a better model
+            raise InvalidInput(f"a conversation has {len(encoded.ids)} tokens; raise sequence_length ({length})")
+        return [encoded]
     found: Any = tokenizer(row["text"], add_special_tokens=False, verbose=False)
     ids = found["input_ids"]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

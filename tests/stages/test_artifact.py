@@ -102,7 +102,8 @@ def test_every_byte_is_on_the_disk_before_the_rename_and_the_rename_before_the_e
     contents = [seen.index(("fsync", str(path))) for path in (work / "model/model.safetensors", work / "model")]
     contents += [seen.index(("fsync", str(path))) for path in (work / "model/config.json", work / "training.json")]
     assert max(contents) < manifest
-    assert seen.index(("fsync", str(work / ".manifest.json.partial"))) < manifest
+    [partial] = [path for kind, path in seen if kind == "fsync" and ".manifest.json." in path]
+    assert seen.index(("fsync", partial)) < manifest
     assert manifest < seen.index(("fsync", str(work))) < renamed
     assert seen[renamed + 1 :] == [("fsync", str(target.parent))]
 

@@ -99,13 +99,15 @@ def test_a_seal_that_lists_the_names_without_their_hashes_is_no_seal(tmp_path):
     assert newest_whole(tmp_path) is None
 
 
-def test_the_seal_is_written_after_every_file_is_on_the_disk(tmp_path, monkeypatch):
+@pytest.fixture
+def sealing(tmp_path, monkeypatch):
+    """Seals a checkpoint; gives it, what was flushed before the seal appeared, and all that was flushed, in order."""
     checkpoint = make(tmp_path, 5, sealed=False)
     synced, at_seal = [], []
     fsync, replace = os.fsync, Path.replace
 
     def note(descriptor):
-        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
         fsync(descriptor)
 
     def note_replace(self, target):
@@ -115,9 +117,18 @@ def test_the_seal_is_written_after_every_file_is_on_the_disk(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "replace", note_replace)
     seal(checkpoint)
-    contents = {str(checkpoint / name) for name in FILES} | {str(checkpoint / "rng")}
-    assert contents <= set(at_seal)
-    assert synced[-1] == str(checkpoint)
+    return checkpoint, at_seal, synced
+
+
+def test_the_seal_is_written_after_every_file_is_on_the_disk(sealing):
+    checkpoint, at_seal, synced = sealing
+    assert {checkpoint / name for name in FILES} <= set(at_seal)
+    assert synced[-1] == checkpoint
+
+
+def test_the_folders_inside_a_checkpoint_are_on_the_disk_before_the_seal(sealing):
+    checkpoint, at_seal, _ = sealing
+    assert checkpoint / "rng" in at_seal
 
 
 @pytest.mark.parametrize(

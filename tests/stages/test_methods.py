@@ -271,7 +271,9 @@ def reference_selection(model, percent: float) -> set[str]:
             noise = values[values <= edge].sum() if (values <= edge).any() else 1.0
             snr = float(values[values > edge].sum() / noise / values[0])
             scores.setdefault(name.split(".", 3)[3], []).append((snr, f"{name}.weight"))
-    best = {kind: sorted(found, reverse=True)[: max(1, int(len(found) * percent / 100))] for kind, found in scores.items()}
+    best = {
+        kind: sorted(found, reverse=True)[: max(1, int(len(found) * percent / 100))] for kind, found in scores.items()
+    }
     return {name for found in best.values() for _, name in found}
 
 
@@ -281,13 +283,16 @@ def test_spectrum_selects_by_the_reference_rule(percent, per_type, start):
     with torch.no_grad():  # spectra that differ: a few directions stand out, more so in some layers
         for number, layer in enumerate(model.model.layers):
             for matrix in (parameter for parameter in layer.parameters() if parameter.ndim == 2):
-                matrix += (1 + number * 7 % 4) * torch.outer(torch.randn(len(matrix)), torch.randn(matrix.shape[1])) / 32
+                matrix.add_(
+                    (1 + number * 7 % 4) * torch.outer(torch.randn(len(matrix)), torch.randn(matrix.shape[1])) / 32
+                )
     expected = reference_selection(model, percent)
     _, selected, record = Spectrum(kind="spectrum", top_percent=percent).prepare(model)
     assert selected == expected
     types = [name.split(".", 3)[3] for name in selected]
     assert {kind: types.count(kind) for kind in types} == dict.fromkeys(
-        [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")],
+        [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+        + [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")],
         per_type,
     )
     assert not [name for name in selected if "norm" in name or "embed" in name or "lm_head" in name]
