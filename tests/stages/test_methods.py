@@ -64,7 +64,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def prepared(method: MethodSpec, start: Path, dtype=torch.float32) -> Prepared:
-    return method.prepare(method.load(start, dtype))
+    return method.prepare(method.load(start, dtype, dtype))
 
 
 def train(model, steps: int = 3, *, autocast: bool = False) -> None:

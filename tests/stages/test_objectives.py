@@ -342,7 +342,7 @@ def run_dpo(base_model, tokenizer, tmp_path, monkeypatch):
             return found
 
         set_seed(1)
-        prepared = stage.method.prepare(stage.method.load(base_model, torch.float32))
+        prepared = stage.method.prepare(stage.method.load(base_model, torch.float32, torch.float32))
         dataset, _ = stage.dataset(PAIRS, tokenizer)
         with monkeypatch.context() as patch:
             patch.setattr(Dpo, "trainer", trainer)
@@ -356,7 +356,7 @@ def run_dpo(base_model, tokenizer, tmp_path, monkeypatch):
 def test_policy_and_reference_are_the_start_before_training_and_the_reference_after(method, base_model, run_dpo):
     stage, spy = stage_of("dpo", method), Spy()
     _, record = run_dpo(stage, spy=spy)
-    start = stage.method.load(base_model, torch.float32)  # quantised where the method quantises
+    start = stage.method.load(base_model, torch.float32, torch.float32)  # quantised where the method quantises
     expected = log_probabilities(start, spy.before["batch"])
     assert torch.allclose(spy.before["policy"], expected, atol=1e-3)
     assert torch.allclose(spy.before["reference"], expected, atol=1e-3)
