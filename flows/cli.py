@@ -19,6 +19,7 @@ app = App(
     help="Adapt a causal language model to a domain from one spec file: CPT, IFT, alignment.",
     help_epilogue="Exit codes: 0 done, 2 invalid spec or usage, 3 a gate refused, 4 a stage failed, 75 try again.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # we have an exit code of our own for it
 )
 
 SpecFile = Annotated[Path, Parameter(help="The spec file.")]

@@ -39,14 +39,21 @@ def comparison_dtype(model: Any) -> "torch.dtype":
     return torch.float64 if needed < psutil.virtual_memory().available / 2 else torch.float32
 
 
-def logits(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
-    """The model's logits on ``ids`` in eval mode, in its own precision, on the CPU: (rows, length, vocabulary)."""
+def logits(model: Any, ids: "torch.Tensor", *, autocast: bool = False) -> "torch.Tensor":
+    """The model's logits on ``ids`` in eval mode, in its own precision, on the CPU: (rows, length, vocabulary).
+
+    Args:
+        model: plain or adapted.
+        ids: token ids of shape (rows, length).
+        autocast: compute in bfloat16: float32 weights beside bfloat16 ones cannot be multiplied otherwise.
+    """
     import torch
 
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
-    with torch.no_grad():
-        found = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        found = model(input_ids=ids.to(device), use_cache=False).logits
     model.train(training)
     return cast("torch.Tensor", found.cpu())
 

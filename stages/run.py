@@ -175,9 +175,7 @@ def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared
         compute = torch.bfloat16 if autocasts(stage) else torch.float32
         model = stage.method.load(start.model, dtype, compute)
     prepared = stage.method.prepare(model)
-    # Trained weights in float32 beside frozen ones in bfloat16 need autocast, as they have it in training.
-    with torch.autocast(training_device(), dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        after = probe.logits(prepared.model, ids).float()
+    after = probe.logits(prepared.model, ids, autocast=dtype == torch.bfloat16).float()
     difference, allowed = probe.distance(after, before, probe.TOLERANCE)
     if exact and not difference <= allowed:
         raise StageFailed(

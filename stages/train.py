@@ -165,6 +165,18 @@ def autocasts(stage: ObjectiveSpec) -> bool:
     return computes_in_bfloat16()
 
 
+def score_only_learned_positions() -> None:
+    """Let TRL's LM head see only the positions that are learned, on every device.
+
+    Where Triton runs, TRL 1.16 drops masked and padded positions before it multiplies by the vocabulary;
+    elsewhere it multiplies all of them, most of an IFT or DPO batch, and throws the result away. Its reason is
+    recompilation on one kind of accelerator, which a CPU does not know. A test holds the losses equal.
+    """
+    from trl.trainer import utils
+
+    utils._use_triton = lambda _device: True
+
+
 class Preemption:
     """SIGTERM: while training, a flag that the next step boundary reads; elsewhere, the end at once.
 
@@ -209,10 +221,12 @@ def fit(
     bfloat16 = autocasts(stage)
     arguments = trainer_arguments(stage, seed=seed, folder=folder, bfloat16=bfloat16, cpu=cpu)
     watcher = _watcher(stage, folder, preemption)
+    score_only_learned_positions()
     ids = probe.probe_ids(prepared.model)
-    before = probe.logits(prepared.model, ids)
+    mixed = stage.train.weights_dtype == "bfloat16"
+    before = probe.logits(prepared.model, ids, autocast=mixed)
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
-    _check_policy(stage, float((probe.logits(prepared.model, ids) - before).abs().max()))
+    _check_policy(stage, float((probe.logits(prepared.model, ids, autocast=mixed) - before).abs().max()))
     stage.check_reference(trainer)
     _check_trainable(trainer.model, prepared.trainable, stage)
     resume = checkpoint.newest_whole(folder)

@@ -8,7 +8,9 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cat sat on a mat and saw one red bird sing to two old dogs by the blue sea at night".split()
+WORDS = tuple(
+    "the cat sat on a mat and saw one red bird sing to two old dogs by the blue sea at night".split()  # noqa: SIM905
+)
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -79,9 +81,7 @@ def write_data(folder: Path) -> None:
     write_rows(folder / "data/corpus.jsonl", [{"text": " ".join(texts[n : n + 4])} for n in range(0, 100, 4)])
     write_rows(folder / "data/heldout.jsonl", [{"text": text} for text in texts[100:]])
     asked = [(f"say {text.split()[0]}", text) for text in sentences(80, 2)]
-    chats = [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in asked
-    ]
+    chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in asked]
     write_rows(folder / "data/instructions.jsonl", chats[:60])
     write_rows(folder / "data/instructions.heldout.jsonl", chats[60:])
     pairs = [{"prompt": q, "chosen": a, "rejected": "night night night " + a[::-1]} for q, a in asked]

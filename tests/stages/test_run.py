@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SPEC, write_data, write_model, write_project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specs.base import fingerprint
 from stages.artifact import MANIFEST, MODEL, read
 from stages.conversation import end_of_text, turn_terminator
 from stages.errors import InvalidInput, StageFailed
@@ -188,7 +189,8 @@ def test_a_start_that_loads_as_another_model_is_refused_whatever_its_manifest_sa
     manifest = json.loads((start / MANIFEST).read_text())
     content = file.read_bytes()
     manifest["files"]["model/model.safetensors"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (start / MANIFEST).write_text(json.dumps(manifest))
+    del manifest["seal"]
+    (start / MANIFEST).write_text(json.dumps(manifest | {"seal": fingerprint(manifest)}))
     assert read(start) is not None
     with pytest.raises(StageFailed, match="loads as another model than was published"):
         run_job(before_answers)
