@@ -58,6 +58,30 @@ def logits(model: Any, ids: "torch.Tensor", *, autocast: bool = False) -> "torch
     return cast("torch.Tensor", found.cpu())
 
 
+def packing_leak(model: Any, *, autocast: bool = False) -> float:
+    """How far the logits of one packed document move when the one before it changes; 0 where packing is sound.
+
+    Two documents share a row as the trainer packs them: positions that start again, no mask, no cache. Whether
+    the attention backend in use keeps them apart is its business, so it is asked.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    first, second, other = probe_ids(model)[:, : LENGTH // 2].repeat(2, 1)[:3].unbind()
+    other = other.flip(0)
+    positions = torch.arange(LENGTH // 2).repeat(2)[None].to(device)
+    training = model.training
+    model.eval()
+    found = []
+    for before in (first, other):
+        ids = torch.cat([before, second])[None].to(device)
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        found.append(packed[0, LENGTH // 2 :].float())
+    model.train(training)
+    return float((found[0] - found[1]).abs().max())
+
+
 def plain_logits(model: Any, ids: "torch.Tensor", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
     """The logits of a plain float32 model, computed in ``dtype`` (by default the best that fits)."""
     import torch

@@ -228,6 +228,7 @@ def fit(
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
     _check_policy(stage, float((probe.logits(prepared.model, ids, autocast=mixed) - before).abs().max()))
     stage.check_reference(trainer)
+    leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
     _check_trainable(trainer.model, prepared.trainable, stage)
     resume = checkpoint.newest_whole(folder)
     if resume is not None:
@@ -257,6 +258,7 @@ def fit(
         "final_loss": result.training_loss,
         "curve": curve,
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "packing_leak": leak,
         "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
     }
 
@@ -268,6 +270,19 @@ def _check_policy(stage: ObjectiveSpec, moved: float) -> None:
             f"stage {stage.name}: setting up the trainer moved the policy by {moved:.2g} in logits before its first "
             "step; this is a fault of ours, please report it"
         )
+
+
+def _check_packing(stage: ObjectiveSpec, arguments: dict[str, Any], model: Any, *, mixed: bool) -> float | None:
+    """Documents that share a sequence must not see one another, on the attention backend in use."""
+    if not arguments.get("packing") or arguments.get("packing_strategy") == "wrapped":
+        return None
+    leak = probe.packing_leak(model, autocast=mixed)
+    if not leak <= probe.TOLERANCE:
+        raise StageFailed(
+            f"stage {stage.name}: with this model's attention, packed documents see one another (logits move by "
+            f"{leak:.2g}); switch train.packing off (in cpt, `wrapped` lets them on purpose)"
+        )
+    return leak
 
 
 def _check_trainable(model: Any, planned: frozenset[str], stage: ObjectiveSpec) -> None:

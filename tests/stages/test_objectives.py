@@ -419,3 +419,27 @@ def test_every_loss_trains(loss, run_dpo):
     assert record["curve"][0]["grad_norm"] > 0
     moved = [p for n, p in prepared.model.named_parameters() if "lora_B.default" in n]
     assert all(bool((parameter != 0).any()) for parameter in moved)
+
+
+def test_attention_that_lets_packed_documents_meet_is_refused(base_model, monkeypatch):
+    """A backend that ignores restarting positions would train documents on one another, with a lower loss."""
+    from stages import probe, train
+    from stages.errors import StageFailed
+    from stages.model import load_plain
+
+    model = load_plain(base_model, torch.float32)
+    assert probe.packing_leak(model) == 0
+    original = type(model).forward
+
+    def leaky(self, *args, position_ids=None, **kwargs):
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", leaky)
+    assert probe.packing_leak(model) > 1e-3
+    with pytest.raises(StageFailed, match="packed documents see one another"):
+        train._check_packing(_Named, {"packing": True, "packing_strategy": "bfd"}, model, mixed=False)
+    assert train._check_packing(_Named, {"packing": False}, model, mixed=False) is None
+
+
+class _Named:
+    name = "only"
