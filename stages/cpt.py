@@ -1,7 +1,7 @@
 """Continued pre-training: learn a domain's language and facts from raw text, on TRL's SFT trainer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from specs.train import CptTrainSpec
 from stages.conversation import end_of_text
@@ -10,7 +10,7 @@ from stages.rows import Row, text_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
 _STRATEGIES = {"split": "bfd_split", "wrapped": "wrapped"}
 
@@ -20,8 +20,6 @@ class Cpt(ObjectiveSpec):
 
     kind: Literal["cpt"]
     train: CptTrainSpec
-
-    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
 
     @staticmethod
     def normalise(row: Row) -> Row:
@@ -57,33 +55,3 @@ class Cpt(ObjectiveSpec):
             terminator_trained=True,
         )
         return Dataset.from_dict({"input_ids": ids, "labels": ids}), report
-
-    def trainer(
-        self,
-        model: Any,
-        tokenizer: "PreTrainedTokenizerBase",
-        dataset: "Dataset",
-        arguments: dict[str, Any],
-        callbacks: list["TrainerCallback"],
-    ) -> "Trainer":
-        """TRL's SFT trainer on ready token ids."""
-        return sft_trainer(model, tokenizer, dataset, arguments, callbacks)
-
-
-def sft_trainer(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    dataset: "Dataset",
-    arguments: dict[str, Any],
-    callbacks: list["TrainerCallback"],
-) -> "Trainer":
-    """TRL's SFT trainer over rows of `input_ids` and `labels`."""
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )

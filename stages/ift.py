@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import IftTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
-from stages.cpt import sft_trainer
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, conversation_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label that the loss skips."""
@@ -23,7 +22,6 @@ class Ift(ObjectiveSpec):
     kind: Literal["ift"]
     train: IftTrainSpec
 
-    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
     needs_chat_template: ClassVar[bool] = True
 
     @staticmethod
@@ -64,14 +62,3 @@ class Ift(ObjectiveSpec):
             terminator_trained=None if terminator is None else ended == len(kept_ids),
         )
         return Dataset.from_dict({"input_ids": kept_ids, "labels": kept_labels}), report
-
-    def trainer(
-        self,
-        model: Any,
-        tokenizer: "PreTrainedTokenizerBase",
-        dataset: "Dataset",
-        arguments: dict[str, Any],
-        callbacks: list["TrainerCallback"],
-    ) -> "Trainer":
-        """TRL's SFT trainer on ready token ids and labels."""
-        return sft_trainer(model, tokenizer, dataset, arguments, callbacks)

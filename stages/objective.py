@@ -53,7 +53,7 @@ class ObjectiveSpec(StageSpec):
 
     version: ClassVar[int] = 1
     """Part of a stage's identity: raise it when the objective computes something else."""
-    trainer_config: ClassVar[tuple[str, str]]
+    trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
     """Module and name of the trainer's arguments class, for checking `train.extra` without importing it."""
     needs_chat_template: ClassVar[bool] = False
     """Whether rows are conversations."""
@@ -90,5 +90,13 @@ class ObjectiveSpec(StageSpec):
         arguments: dict[str, Any],
         callbacks: list["TrainerCallback"],
     ) -> "Trainer":
-        """The library's trainer, ready to run."""
-        raise TypeError(f"objective {self.kind} has no trainer")
+        """The library's trainer, ready to run: TRL's SFT trainer, over rows of `input_ids` and `labels`."""
+        from trl import SFTConfig, SFTTrainer
+
+        return SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
