@@ -13,7 +13,7 @@ from flows.process import Event
 from flows.summary import Summary
 from stages.plan import Plan, Step
 
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 
@@ -88,7 +88,7 @@ def print_summary(summary: Summary) -> None:
     _table(summary.title, summary.columns, summary.metrics)
     for stage, verdict in summary.verdicts:
         mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
-        out.print(f"gate {mark} {stage}: {verdict.reason}")
+        out.print(f"gate {mark} {stage}: {verdict.reason}", soft_wrap=True)
     _table("", summary.columns, summary.costs)
 
 
@@ -100,4 +100,4 @@ def _table(title: str, columns: tuple[str, ...], rows: tuple[tuple[str, ...], ..
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
-    out.print(table, width=None if sys.stdout.isatty() else 132)
+    out.print(table)

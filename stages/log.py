@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 _channel: TextIO | None = None
 _phase = ""
+_phase_began = 0.0
 
 
 def open_channel(log_file: Path) -> None:
@@ -41,13 +42,17 @@ def info(message: str) -> None:
     event("info", message=message)
 
 
+def so_far() -> dict[str, float]:
+    """The phase at work and its seconds until now."""
+    return {_phase: time.monotonic() - _phase_began}
+
+
 @contextmanager
 def phase(name: str, durations: dict[str, float]) -> Iterator[None]:
     """Announce a phase, time it by the monotonic clock and add its seconds to ``durations``."""
-    global _phase  # noqa: PLW0603
-    _phase = name
+    global _phase, _phase_began
+    _phase, _phase_began = name, time.monotonic()
     event("phase_started")
-    started = time.monotonic()
     yield
-    durations[name] = durations.get(name, 0.0) + time.monotonic() - started
+    durations |= so_far()
     event("phase_done", seconds=round(durations[name], 3))

@@ -26,7 +26,7 @@ from stages.data import mixed
 from stages.errors import InvalidInput, StageFailed, TriviumError
 from stages.job import STAGE, Job, read_job
 from stages.lock import exclusive
-from stages.log import event, info, open_channel, phase
+from stages.log import event, info, open_channel, phase, so_far
 from stages.merge import hand_over
 from stages.methods.base import Prepared
 from stages.model import load_plain, load_tokenizer, save_plain, training_device
@@ -207,7 +207,7 @@ def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[s
     record = record | {
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(TRAINING_LIBRARIES),
-        "durations": {name: round(seconds, 3) for name, seconds in durations.items()},
+        "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},
         "peak_memory": peak_memory(),
     }
     return publish(folder, Path(job.target), identity=job.identity, record=record)
