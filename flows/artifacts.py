@@ -67,7 +67,7 @@ class Reporter:
             share = 100 * event["step"] / max(1, event["total"])
             with suppress(Exception):
                 if artifact is None:
-                    key = _key(self._step.name, "progress")
+                    key = _key(*_owner(self._step), "progress")
                     artifact = create_progress_artifact(share, key=key, description=text)
                 else:
                     update_progress_artifact(artifact, share, description=text)
@@ -78,7 +78,7 @@ def report_stage(step: Step, outcome: Outcome) -> None:
     with suppress(Exception):
         if outcome.verdicts:
             rows = [verdict.as_record() for verdict in outcome.verdicts]
-            create_table_artifact(rows, key=_key(step.name, "gates"), description=outcome.line)
+            create_table_artifact(rows, key=_key(*_owner(step), "gates"), description=outcome.line)
         artifact = read(step.place)
         if artifact is not None:
             for name, title in _PICTURES.items():
@@ -86,7 +86,7 @@ def report_stage(step: Step, outcome: Outcome) -> None:
                 if picture.is_file():
                     create_markdown_artifact(
                         f"![{title}]({_data_uri(picture)})",
-                        key=_key(step.name, picture.stem),
+                        key=_key(*_owner(step), picture.stem),
                         description=f"{step.name}: {title}",
                     )
 
@@ -117,6 +117,11 @@ def markdown(summary: Summary) -> str:
 def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
     lines = [columns, tuple("---" for _ in columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _owner(step: Step) -> tuple[str, str]:
+    """Pipeline and stage: one server may show several pipelines, and keys are global."""
+    return step.target.parent.name, step.name
 
 
 def _key(*parts: str) -> str:

@@ -1,7 +1,7 @@
 """Direct preference optimisation and its variants: learn how to say it, on TRL's DPO trainer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import DpoTrainSpec
@@ -11,6 +11,7 @@ from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, preference_row
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -51,35 +52,38 @@ class Dpo(ObjectiveSpec):
         """What the loss must be while policy and reference are the same model; None where it says nothing."""
         return math.log(2) if self.train.loss == "sigmoid" else None
 
-    def check_reference(self, trainer: "Trainer") -> None:
+    def check_reference(self, trainer: "Trainer") -> Callable[[], None]:
         """Compare the log-probabilities of policy and reference on the first pairs, under the trainer's autocast.
 
         The first loss alone would not do: most variants have none that is known, and a policy that was moved
         together with its reference has the right one.
         """
+        unwrapped: Any = trainer
+        pairs = [unwrapped.train_dataset[number] for number in range(min(4, len(unwrapped.train_dataset)))]
+        batch = unwrapped._prepare_inputs(unwrapped.data_collator(pairs))
+        start = self._reference(unwrapped, batch)
+        self._hold("policy and reference differ before the first step", _policy(unwrapped, batch), start)
+        changed = "training changed the reference"
+        return lambda: self._hold(changed, self._reference(unwrapped, batch), start)
+
+    def _reference(self, trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":
         import torch
 
-        unwrapped: Any = trainer
-        batch = next(iter(trainer.get_train_dataloader()))
-        kept = [batch.get(f"ref_{side}_logps") for side in ("chosen", "rejected")]
-        training = unwrapped.model.training
-        unwrapped.model.eval()
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with torch.no_grad(), unwrapped.accelerator.autocast():
-            policy = unwrapped.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            ).log_probs.sum(dim=1)
-        reference = kept if kept[0] is not None else unwrapped.compute_ref_log_probs(unwrapped.model, batch)
-        unwrapped.model.train(training)
-        difference = float((torch.cat(list(reference)) - policy).abs().max())
+        if self.method.is_adapter:
+            training = trainer.model.training
+            trainer.model.eval()
+            found = trainer.compute_ref_log_probs(trainer.model, batch)
+            trainer.model.train(training)
+        else:
+            found = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        return torch.cat(list(found)).float()
+
+    def _hold(self, what: str, found: "torch.Tensor", wanted: "torch.Tensor") -> None:
+        difference = float((found - wanted).abs().max())
         if not difference <= REFERENCE_TOLERANCE:
             raise StageFailed(
-                f"stage {self.name}: the reference differs from the start by {difference:.2g} nats before the first "
-                f"step, allowed {REFERENCE_TOLERANCE:g}; this is a fault of ours, please report it"
+                f"stage {self.name}: {what} (reference off by {difference:.2g} nats, allowed "
+                f"{REFERENCE_TOLERANCE:g}); this is a fault of ours, please report it"
             )
 
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
@@ -130,3 +134,17 @@ class Dpo(ObjectiveSpec):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+
+
+def _policy(trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":
+    """The trained model's summed log-probabilities of the answers: chosen ones first, then rejected ones."""
+    import torch
+
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    training = trainer.model.training
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        scored = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+    trainer.model.train(training)
+    return scored.log_probs.sum(dim=1).float()  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """The contract of an objective, and what its masks came to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,12 +75,16 @@ class ObjectiveSpec(StageSpec):
         """The rows as the trainer takes them, and what their masks came to."""
         raise TypeError(f"objective {self.kind} has no dataset")
 
-    def check_reference(self, trainer: "Trainer") -> None:
+    def check_reference(self, trainer: "Trainer") -> Callable[[], None]:
         """Hold the trainer's reference model against its policy, before the first step.
+
+        Returns:
+            The check to run after the last step: that training left the reference alone.
 
         Raises:
             stages.errors.StageFailed: they differ; an objective without a reference has nothing to check.
         """
+        return lambda: None
 
     def trainer(
         self,

@@ -41,6 +41,8 @@ _OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
+_CURVE = ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
+"""What is kept of each logged step."""
 FIRST_LOSS_TOLERANCE = 0.02
 """How far DPO's first loss may be from its value for equal models: autocast rounds log-probabilities."""
 
@@ -227,7 +229,7 @@ def fit(
     before = probe.logits(prepared.model, ids, autocast=mixed)
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
     _check_policy(stage, float((probe.logits(prepared.model, ids, autocast=mixed) - before).abs().max()))
-    stage.check_reference(trainer)
+    reference_is_kept = stage.check_reference(trainer)
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
     _check_trainable(trainer.model, prepared.trainable, stage)
     resume = checkpoint.newest_whole(folder)
@@ -238,25 +240,18 @@ def fit(
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if preemption is not None:
         preemption.training = False
+    reference_is_kept()
     # Accelerate leaves its autocast wrapped around forward: merges would be compared in bfloat16.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if preemption is not None and preemption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise TryAgain(f"told to stop; kept step {trainer.state.global_step} of {trainer.state.max_steps}")
-    curve = [
-        {
-            key: entry.get(key)
-            for key in ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
-        }
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
     return {
         "steps": trainer.state.global_step,
         "sequences": len(trainer.train_dataset),
         "precision": "bfloat16" if bfloat16 else "float32",
         "device": trainer.args.device.type,
         "final_loss": result.training_loss,
-        "curve": curve,
+        "curve": [{key: entry.get(key) for key in _CURVE} for entry in trainer.state.log_history if "loss" in entry],
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "packing_leak": leak,
         "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,

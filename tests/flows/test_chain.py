@@ -108,10 +108,10 @@ def test_prefect_shows_a_subflow_per_stage_and_a_task_per_phase(
     for stage in ("knowledge", "answers", "manner"):
         phases = {name for flow, name, state in tasks if flow == stage and state == "COMPLETED"}
         assert phases >= {"load", "train", "merge", "evaluate", "gate"}
-        assert artifacts[f"{stage}-gates"] == "table"
-        assert artifacts[f"{stage}-loss"] == "markdown"
-        assert artifacts[f"{stage}-progress"] == "progress"
-    assert artifacts["knowledge-spectrum"] == "markdown"
+        assert artifacts[f"tiny-{stage}-gates"] == "table"
+        assert artifacts[f"tiny-{stage}-loss"] == "markdown"
+        assert artifacts[f"tiny-{stage}-progress"] == "progress"
+    assert artifacts["tiny-knowledge-spectrum"] == "markdown"
     assert artifacts["tiny-report"] == "markdown"
     assert "learning_rate" not in parameters  # a path and a hash, never the spec
 
