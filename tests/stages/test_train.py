@@ -6,6 +6,7 @@ import os
 import random
 import select
 import signal
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -294,7 +295,11 @@ def killed_after(step: int, job: Job) -> None:
                     signal.pause()
 
             checkpoint.prune = tell
+            # A fork has none of its parent's threads, and loading in several would ask torch for them.
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
             run_job(job)
+        except BaseException:
+            traceback.print_exc()  # the parent only sees that the pipe was closed
         finally:
             os._exit(1)
     os.close(theirs)
