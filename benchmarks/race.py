@@ -271,8 +271,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="pairs of runs")
     parser.add_argument("--base", type=Path, help="a plain checkpoint to use instead of the project's own base")
     asked = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS"):
-        print("OMP_NUM_THREADS is set: the scripts by hand obey it, the flow's stages take every CPU they may use")
     pairs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="race-") as name:
         folder = Path(name)

@@ -48,11 +48,6 @@ class StageProcess:
         # A thread of its own: a slow reader must never fill the pipe and stall the training behind it.
         threading.Thread(target=self._pump, daemon=True).start()
 
-    @property
-    def pid(self) -> int:
-        """The process id, which is also that of its group."""
-        return self._child.pid
-
     def begin(self, job: Path) -> None:
         """Hand over the job file; if the process is dead already, `events` says so."""
         with suppress(BrokenPipeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specs.base import fingerprint
-from specs.gate import LmEvalSpec, MetricSpec, PerplexitySpec, PreferenceSpec
+from specs.gate import MetricSpec, PerplexitySpec, PreferenceSpec
 from stages.artifact import write_json
 from stages.measure import Measure
 from stages.metrics import harness, perplexity, preference
@@ -68,13 +68,6 @@ def evaluate(
         default = spec.metric
         measures, shown = harness.measure(spec, folder, model, tokenizer, chat_template=chat_template)
     return Evaluation(measures, default, shown, kept, round(time.monotonic() - started, 3))
-
-
-def default_measure(spec: MetricSpec) -> str:
-    """The measure that a metric is judged by where a gate names none."""
-    if isinstance(spec, LmEvalSpec):
-        return spec.metric
-    return perplexity.DEFAULT if isinstance(spec, PerplexitySpec) else preference.DEFAULT
 
 
 def save(evaluation: Evaluation, path: Path, identity: dict[str, Any]) -> None:

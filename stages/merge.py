@@ -1,16 +1,18 @@
 """The verified hand-over: merge, write, reload as a plain model, compare with what was trained."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import probe
+from stages.artifact import MODEL
 from stages.errors import StageFailed
 from stages.methods.base import MethodSpec
 from stages.model import load_plain, save_plain, set_stop_tokens
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _CONFIG_MAY_DIFFER = {
     "_name_or_path",
@@ -47,8 +49,6 @@ def hand_over(
     """
     import torch
 
-    from stages.artifact import MODEL
-
     broken = _not_finite(trained)
     if broken:
         raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
@@ -58,7 +58,7 @@ def hand_over(
     wanted = probe.logits(live, ids)
     plain = method.finish(live, start)
     set_stop_tokens(plain, tokenizer)
-    expected_keys, expected_config = set(plain.state_dict()), _config(plain)
+    expected_keys, expected_config = set(plain.state_dict()), _settings(plain.config)
     save_plain(plain, tokenizer, folder / MODEL)
     del plain, live
     reloaded = load_plain(folder / MODEL, torch.float32)
@@ -79,10 +79,13 @@ def hand_over(
 
 
 def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path) -> list[str]:
+    from transformers import AutoConfig
+
     problems = []
     if set(reloaded.state_dict()) != keys:
         problems.append(f"other weights than written: {sorted(set(reloaded.state_dict()) ^ keys)[:3]}")
-    original = _config_file(start)
+    start_config = AutoConfig.from_pretrained(start, trust_remote_code=False, local_files_only=True)
+    original = _settings(start_config)
     changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER
     if changed:
         problems.append(f"the config changed in {', '.join(sorted(changed))}")
@@ -99,16 +102,6 @@ def _not_finite(model: "torch.nn.Module") -> str:
     return ", ".join([name for name, p in floats if not bool(torch.isfinite(p).all())][:3])
 
 
-def _config(model: "PreTrainedModel") -> dict[str, Any]:
-    import json
-
-    return dict(json.loads(model.config.to_json_string(use_diff=False)))
-
-
-def _config_file(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    import json
-
+def _settings(config: "PretrainedConfig") -> dict[str, Any]:
+    """Every setting of a model's config, as JSON would hold it."""
     return dict(json.loads(config.to_json_string(use_diff=False)))
