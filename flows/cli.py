@@ -13,6 +13,7 @@ from stages.errors import InvalidInput, TriviumError, TryAgain
 if TYPE_CHECKING:
     from flows.engine import Run
     from flows.pipeline import Listener
+    from stages.plan import Plan
 
 app = App(
     name="trivium",
@@ -103,7 +104,7 @@ def run(
         else:
             with Watcher() as listen:
                 if prefect:
-                    _with_prefect(asked, listen)
+                    _with_prefect(asked, plan, listen)
                 else:
                     run_chain(asked, Plain(listen))
     finally:
@@ -114,19 +115,17 @@ def run(
         print(f"chat:   trivium chat {spec.parent}")  # noqa: T201
 
 
-def _with_prefect(asked: "Run", listen: "Listener") -> None:
+def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
     from flows import process
     from flows.server import use_project_server
 
-    plan = asked.plan(forced=True)
-    if plan.pending:
-        process.warm(
-            plan.job(plan.pending[0]).kind
-        )  # the first step's imports, while Prefect's own and its server's start take their time
-    use_project_server(asked.root)
     # The terminal has its own lines; the UI keeps Prefect's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
     try:
+        if plan.pending:
+            # The first step imports while Prefect does, and while its server starts.
+            process.warm(plan.job(plan.pending[0]).kind)
+        use_project_server(asked.root)
         from flows.pipeline import run_with_prefect
 
         run_with_prefect(asked, listen)

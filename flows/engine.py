@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from flows import process
 from stages.artifact import MODEL, VERDICT, set_aside, write_json
@@ -20,8 +20,6 @@ PHASES = {
     "release": ("release",),
 }
 _WARM_FROM = {"merge", "evaluate"}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

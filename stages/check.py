@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from specs.gate import LmEvalSpec, PreferenceSpec
 from specs.load import Document, Problem, SpecError
 from specs.pipeline import Location
-from stages.artifact import Artifact
+from stages.artifact import Artifact, read
 from stages.data import Normaliser, read_source
 from stages.errors import InvalidInput
+from stages.metrics.harness import is_task_file, task_files
 from stages.pipeline import Pipeline
 from stages.plan import Step, base_files
 from stages.rows import any_scored_row, preference_row
@@ -58,7 +59,8 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
             _read(found, (*place, "data", source_number), source, folder, stage.normalise, limit)
     for name, metric in pipeline.metrics.items():
         if isinstance(metric, LmEvalSpec):
-            _try(found, ("metrics", name, "task"), lambda metric=metric: _check_task(metric, folder))  # type: ignore[misc]
+            if is_task_file(metric.task):
+                _try(found, ("metrics", name, "task"), lambda task=metric.task: task_files(folder / task))  # type: ignore[misc]
         else:
             schema = preference_row if isinstance(metric, PreferenceSpec) else any_scored_row
             _read(found, ("metrics", name, "data"), metric.data, folder, schema, limit)
@@ -91,12 +93,7 @@ def check_base(pipeline: Pipeline, step: Step) -> None:
     Raises:
         InvalidInput: a stage cannot run on this model.
     """
-    if step.artifact is None:
-        from stages.artifact import read
-
-        artifact = read(step.target)
-    else:
-        artifact = step.artifact
+    artifact = step.artifact or read(step.target)
     if artifact is None:
         return
     modules = module_names(artifact)
@@ -134,15 +131,6 @@ def has_chat_template(model: Path) -> bool:
         return True
     settings = model / "tokenizer_config.json"
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-
-
-def _check_task(metric: LmEvalSpec, folder: Path) -> None:
-    from stages.metrics.harness import is_task_file, task_files
-
-    if is_task_file(metric.task):
-        for file in task_files(folder / metric.task):
-            if not file.is_file():
-                raise InvalidInput(f"{file}: no such file")
 
 
 def _read(

@@ -56,9 +56,17 @@ def _by_split(files: Any, path: Path) -> dict[str, list[str]]:
 
 
 def task_files(path: Path) -> list[Path]:
-    """The task YAML and the local data files that it names."""
+    """The task YAML and the local data files that it names.
+
+    Raises:
+        InvalidInput: one of them does not exist.
+    """
     kwargs = task_config(path).get("dataset_kwargs") or {}
-    return [path, *(Path(file) for names in (kwargs.get("data_files") or {}).values() for file in names)]
+    files = [Path(file) for names in (kwargs.get("data_files") or {}).values() for file in names]
+    for file in files:
+        if not file.is_file():
+            raise InvalidInput(f"{path}: its data file {file} does not exist: no such file")
+    return [path, *files]
 
 
 def measure(
