@@ -166,7 +166,7 @@ def test_an_edited_stage_reruns_with_those_after_it(tmp_path: Path) -> None:
 def slow_project(tmp_path: Path) -> Path:
     """A first stage long enough to be interrupted, with a checkpoint at every tenth step."""
     text = tiny.SPEC.replace(
-        "max_steps: 12, sequence_length: 64", "max_steps: 250, checkpoint_every: 10, sequence_length: 64"
+        "max_steps: 12, sequence_length: 64", "max_steps: 500, checkpoint_every: 10, sequence_length: 64"
     )
     return tiny.write_project(
         tmp_path, text.replace("pairs: {kind", "unused: {kind").replace("metric: pairs", "metric: qa")
