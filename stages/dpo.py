@@ -1,7 +1,8 @@
 """Direct preference optimisation and its variants: learn how to say it, on TRL's DPO trainer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import DpoTrainSpec
@@ -41,10 +42,9 @@ class Dpo(ObjectiveSpec):
             "loss_type": [self.train.loss],
             "label_smoothing": self.train.label_smoothing,
             "max_length": self.train.sequence_length,
-            # An adapted model keeps its start in the frozen copy of its adapter that TRL adds. Any other scores
-            # the reference before its first step: TRL would otherwise read a second model from wherever the
-            # config says that this one came from.
-            "precompute_ref_log_probs": not self.method.is_adapter,
+            # A model that cannot become its start again scores the reference before its first step: TRL would
+            # otherwise read a second model from wherever the config says that this one came from.
+            "precompute_ref_log_probs": self.method.reference == "precomputed",
         }
 
     @property
@@ -69,7 +69,7 @@ class Dpo(ObjectiveSpec):
     def _reference(self, trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":
         import torch
 
-        if self.method.is_adapter:
+        if self.method.reference != "precomputed":
             training = trainer.model.training
             trainer.model.eval()
             found = trainer.compute_ref_log_probs(trainer.model, batch)
@@ -116,6 +116,18 @@ class Dpo(ObjectiveSpec):
         )
         return Dataset.from_list(kept), report
 
+    def token_rows(
+        self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"
+    ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+        """The chosen answers as token ids and labels."""
+        import torch
+
+        for row in dataset:
+            answer = encode_conversation(tokenizer, [*row["prompt"], *row["chosen"]])
+            ids = torch.tensor([answer.ids[: self.train.sequence_length]])
+            mask = torch.tensor([answer.mask[: self.train.sequence_length]], dtype=torch.bool)
+            yield ids, ids.masked_fill(~mask, -100)
+
     def trainer(
         self,
         model: Any,
@@ -127,13 +139,29 @@ class Dpo(ObjectiveSpec):
         """TRL's DPO trainer, with a reference that is the stage's start whatever the method."""
         from trl import DPOConfig, DPOTrainer
 
-        return DPOTrainer(
-            model=model,
-            args=DPOConfig(**arguments),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        needs_no_copy = self.method.reference == "adapter_off"
+        with _without_adapter_copy(model) if needs_no_copy else nullcontext():
+            return DPOTrainer(
+                model=model,
+                args=DPOConfig(**arguments),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+
+
+@contextmanager
+def _without_adapter_copy(model: Any) -> Iterator[None]:
+    """Keep TRL 1.16 from adding a copy of the adapter as the reference: it then switches the adapter off instead.
+
+    The copy costs memory and, where an adapter starts from an SVD, a second one; AdaLoRA refuses it altogether.
+    """
+    model.add_adapter = lambda *_: None
+    model.get_parameter = lambda name: type(model).get_parameter(model, name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        del model.add_adapter, model.get_parameter
 
 
 def _policy(trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":

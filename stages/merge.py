@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages import probe
 from stages.artifact import MODEL
 from stages.errors import StageFailed
-from stages.methods.base import MethodSpec
+from stages.methods.base import MethodSpec, Start
 from stages.model import load_plain, save_plain, set_stop_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def hand_over(
     method: MethodSpec,
     trained: "torch.nn.Module",
     tokenizer: "PreTrainedTokenizerBase",
-    start: Path,
+    start: Start,
     folder: Path,
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
     """Merge a trained model, write it to ``folder`` and prove that what was written is what was trained.
@@ -37,7 +37,7 @@ def hand_over(
         method: how the model was adapted.
         trained: the live trained model.
         tokenizer: written beside the weights.
-        start: the plain checkpoint that the stage started from.
+        start: what the method was prepared with.
         folder: gets ``model/`` and ``probe.safetensors``.
 
     Returns:
@@ -56,6 +56,7 @@ def hand_over(
     live = method.for_comparison(trained, dtype)
     ids = probe.probe_ids(live)
     wanted = probe.logits(live, ids)
+    merged = method.merge_record(live, start)
     plain = method.finish(live, start)
     set_stop_tokens(plain, tokenizer)
     expected_keys, expected_config = set(plain.state_dict()), _settings(plain.config)
@@ -64,7 +65,7 @@ def hand_over(
     reloaded = load_plain(folder / MODEL, torch.float32)
     found = probe.plain_logits(reloaded, ids, dtype)
     error, allowed = probe.distance(found, wanted, method.merge_tolerance)
-    problems = _differences(reloaded, expected_keys, expected_config, start)
+    problems = _differences(reloaded, expected_keys, expected_config, start.model, method.config_changes)
     if not error <= allowed:
         problems.append(f"logits differ by {error:.2g}, allowed {allowed:.2g}")
     if problems:
@@ -75,10 +76,12 @@ def hand_over(
     probe.record(folder, ids, found)
     rms = float((found - wanted).square().mean().sqrt())
     record = {"max_logit_error": error, "rms_logit_error": rms, "tolerance": allowed, "compared_in": str(dtype)[6:]}
-    return reloaded, record
+    return reloaded, record | merged
 
 
-def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path) -> list[str]:
+def _differences(
+    reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path, allowed: frozenset[str]
+) -> list[str]:
     from transformers import AutoConfig
 
     problems = []
@@ -86,7 +89,7 @@ def _differences(reloaded: "PreTrainedModel", keys: set[str], config: dict[str, 
         problems.append(f"other weights than written: {sorted(set(reloaded.state_dict()) ^ keys)[:3]}")
     start_config = AutoConfig.from_pretrained(start, trust_remote_code=False, local_files_only=True)
     original = _settings(start_config)
-    changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER
+    changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER - allowed
     if changed:
         problems.append(f"the config changed in {', '.join(sorted(changed))}")
     if broken := _not_finite(reloaded):

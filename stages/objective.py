@@ -1,6 +1,6 @@
 """The contract of an objective, and what its masks came to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +10,7 @@ from stages.methods import Method
 from stages.rows import Row
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -74,6 +75,15 @@ class ObjectiveSpec(StageSpec):
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
         """The rows as the trainer takes them, and what their masks came to."""
         raise TypeError(f"objective {self.kind} has no dataset")
+
+    def token_rows(
+        self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"
+    ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+        """The rows of `dataset` as token ids and labels, each of shape (1, length); -100 is not learned."""
+        import torch
+
+        for row in dataset:
+            yield torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
 
     def check_reference(self, trainer: "Trainer") -> Callable[[], None]:
         """Hold the trainer's reference model against its policy, before the first step.

@@ -28,7 +28,7 @@ from stages.job import STAGE, Job, read_job
 from stages.lock import exclusive
 from stages.log import event, info, open_channel, phase, so_far
 from stages.merge import hand_over
-from stages.methods.base import Prepared
+from stages.methods.base import Prepared, Start
 from stages.model import load_plain, load_tokenizer, save_plain, training_device
 from stages.objective import ObjectiveSpec
 from stages.plan import RELEASE, TRAINING_LIBRARIES, data_digests, versions
@@ -76,13 +76,20 @@ def _make_stage(
     job: Job, work: Path, durations: dict[str, float], preemption: Preemption | None
 ) -> tuple["PreTrainedModel", Artifact]:
     stage = _stage(job)
-    start = _start(job)
+    parent = _start(job)
     with phase("load", durations):
-        tokenizer = load_tokenizer(start.model)
+        tokenizer = load_tokenizer(parent.model)
         rows = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
         dataset, masks = stage.dataset(rows, tokenizer)
         masks.checked(stage.name)
-        prepared, start_record = _prepare(stage, start, job.pipeline.seed_of(stage))
+        start = Start(
+            parent.model,
+            spec_folder=Path(job.folder),
+            cache=Path(job.target).parent / ".scans",
+            seed=job.pipeline.seed_of(stage),
+            rows=lambda: stage.token_rows(dataset, tokenizer),
+        )
+        prepared, start_record = _prepare(stage, parent, start)
     with phase("train", durations):
         training = fit(
             stage,
@@ -100,7 +107,7 @@ def _make_stage(
         output.mkdir()
         if hasattr(prepared.model, "peft_config"):
             cast("Any", prepared.model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
-        model, handed = hand_over(stage.method, prepared.model, tokenizer, start.model, output)
+        model, handed = hand_over(stage.method, prepared.model, tokenizer, start, output)
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most")
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
         write_json(output / "training.json", details)
@@ -155,14 +162,14 @@ def _start(job: Job) -> Artifact:
     return verified(artifact)
 
 
-def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared, dict[str, Any]]:
+def _prepare(stage: ObjectiveSpec, parent: Artifact, start: Start) -> tuple[Prepared, dict[str, Any]]:
     """Load the start, prove that it is what was published, adapt it, and prove that this changed nothing."""
     import torch
     from transformers import set_seed
 
-    set_seed(seed)
+    set_seed(start.seed)
     plain = load_plain(start.model, torch.float32)
-    start_error = probe.check_start(plain, start.path)
+    start_error = probe.check_start(plain, parent.path)
     ids = probe.probe_ids(plain)
     before = probe.logits(plain, ids)
     dtype = getattr(torch, stage.train.weights_dtype)
@@ -174,7 +181,7 @@ def _prepare(stage: ObjectiveSpec, start: Artifact, seed: int) -> tuple[Prepared
         gc.collect()
         compute = torch.bfloat16 if autocasts(stage) else torch.float32
         model = stage.method.load(start.model, dtype, compute)
-    prepared = stage.method.prepare(model)
+    prepared = stage.method.prepare(model, start)
     after = probe.logits(prepared.model, ids, autocast=dtype == torch.bfloat16).float()
     difference, allowed = probe.distance(after, before, probe.TOLERANCE)
     if exact and not difference <= allowed:

@@ -232,6 +232,7 @@ def fit(
     reference_is_kept = stage.check_reference(trainer)
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
     _check_trainable(trainer.model, prepared.trainable, stage)
+    stage.method.attach(trainer)
     resume = checkpoint.newest_whole(folder)
     if resume is not None:
         info(f"resuming at step {checkpoint.step_of(resume)}")

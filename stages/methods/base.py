@@ -1,13 +1,15 @@
 """The contract of an adaptation method."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from specs.base import Spec
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 class Prepared(NamedTuple):
@@ -20,28 +22,69 @@ class Prepared(NamedTuple):
     """What the manifest keeps of the preparation: ranks, selected modules, measured errors."""
 
 
+Reference = Literal["adapter_off", "adapter_copy", "precomputed"]
+"""``adapter_off``: the model with its PEFT adapter switched off is the start model. ``adapter_copy``: the weights
+beneath the adapter were changed, so a frozen copy of the untrained adapter is kept beside the trained one.
+``precomputed``: the prepared model scores all pairs before its first step."""
+
+
+def _no_rows() -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a method may know of its stage beside the loaded model."""
+
+    model: Path
+    """The plain checkpoint that the stage starts from."""
+    spec_folder: Path = field(default_factory=Path)
+    """What paths in the method's fields start from."""
+    cache: Path | None = None
+    """A folder for results that outlive the stage, keyed by content (Spectrum's scans); None keeps nothing."""
+    seed: int = 17
+    """The stage's seed, for methods that draw."""
+    rows: Callable[[], Iterator[tuple["torch.Tensor", "torch.Tensor"]]] = _no_rows
+    """The stage's training rows, for methods that look at them first (LQ-LoRA): token ids and labels, each of
+    shape (1, length); labels of -100 are not learned."""
+
+
 class MethodSpec(Spec):
-    """How a stage adapts its start model. One subclass per file, all behind the same three verbs."""
+    """How a stage adapts its start model. One subclass per file, all behind the same two verbs.
+
+    ``prepare`` turns the loaded start model into the one that trains, ``finish`` turns the trained one into a plain
+    model of the start's architecture. The other methods have defaults that fit most.
+    """
 
     kind: str
     """The method."""
 
     version: ClassVar[int] = 1
     """Part of a stage's identity: raise it when the method computes something else."""
-    is_adapter: ClassVar[bool] = False
-    """Whether the start model stays intact beneath what trains, so that it can serve as DPO's reference."""
+    reference: ClassVar[Reference] = "precomputed"
+    """Where DPO's reference log-probabilities come from."""
     starts_exactly: ClassVar[bool] = True
     """Whether the prepared model equals the start model; quantised ones only come near."""
+    mergeable: ClassVar[bool] = True
+    """Whether a plain model can hold what was trained. If not, the stage must be the last one."""
     widest: ClassVar[str] = "float64"
     """The widest precision in which the trained model can compute; 4-bit kernels end at float32."""
     merge_tolerance: ClassVar[float] = 1e-4
     """Largest difference in logits between the trained model and its merge."""
+    config_changes: ClassVar[frozenset[str]] = frozenset()
+    """Settings of the model's config that the method may change, on purpose."""
+    new_weights: ClassVar[tuple[str, ...]] = ()
+    """Endings of the names of weights that a merged model has beyond its start: ``.bias`` for BitFit."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages beyond torch and transformers that the method needs."""
 
     def targets(self) -> tuple[str, ...] | None:
         """Module names that must exist in the model, or None where the method finds its own."""
         return None
+
+    def files(self) -> tuple[str, ...]:
+        """Files of the spec's folder that the method reads; their content is part of the stage's identity."""
+        return ()
 
     def load(self, start: Path, dtype: "torch.dtype", compute: "torch.dtype") -> "PreTrainedModel":
         """The start model as this method trains it: frozen weights in ``dtype``, multiplied in ``compute``."""
@@ -53,17 +96,24 @@ class MethodSpec(Spec):
         """The trained model, on the CPU and computing in ``dtype``: what its merge is compared with."""
         return model.to(device="cpu", dtype=dtype)
 
-    def prepare(self, model: "PreTrainedModel") -> Prepared:
-        """Turn the loaded start model into the one that trains.
+    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
+        """Turn the loaded start model into the one that trains. Works on the meta device too, for counting.
 
         Raises:
             stages.errors.InvalidInput: the method cannot serve this model.
         """
         raise TypeError(f"method {self.kind} does not say how it prepares a model")
 
-    def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
+    def attach(self, trainer: "Trainer") -> None:
+        """What the method adds to the trainer before its first step: an optimizer of its own, a loss term."""
+
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """The trained model as a plain one of the start's architecture, in float32."""
         raise TypeError(f"method {self.kind} does not say how it merges")
+
+    def merge_record(self, model: "torch.nn.Module", start: Start) -> dict[str, Any]:
+        """What the manifest keeps of the merge beside its error; called before `finish` may change ``model``."""
+        return {}
 
 
 def train_only(model: "torch.nn.Module", names: frozenset[str]) -> None:

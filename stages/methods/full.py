@@ -1,9 +1,8 @@
 """Full fine-tuning: every weight trains."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from stages.methods.base import MethodSpec, Prepared, train_only
+from stages.methods.base import MethodSpec, Prepared, Start, train_only
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +14,12 @@ class Full(MethodSpec):
 
     kind: Literal["full"]
 
-    def prepare(self, model: "PreTrainedModel") -> Prepared:
+    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """All parameters, tied ones once."""
         names = frozenset(name for name, _ in model.named_parameters())
         train_only(model, names)
         return Prepared(model, names, {})
 
-    def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Nothing to merge."""
         return cast("PreTrainedModel", model.float())

@@ -1,11 +1,10 @@
 """LoRA: low-rank adapters beside frozen weights (Hu et al., arXiv 2106.09685)."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from stages.methods.base import MethodSpec, Prepared
+from stages.methods.base import MethodSpec, Prepared, Reference, Start
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 class LowRank(MethodSpec):
     """What the LoRA family shares: dW = (alpha / rank) B A, with B zero at the start."""
 
-    is_adapter: ClassVar[bool] = True
+    reference: ClassVar[Reference] = "adapter_off"
 
     rank: Annotated[int, Field(gt=0)] = 16
     """Rank of each update."""
@@ -44,7 +43,7 @@ class LowRank(MethodSpec):
             task_type="CAUSAL_LM",
         )
 
-    def prepare(self, model: "PreTrainedModel") -> Prepared:
+    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Add the adapters; only they train."""
         import torch
         from peft import get_peft_model
@@ -62,6 +61,6 @@ class Lora(LowRank):
 
     kind: Literal["lora"]
 
-    def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Fold the adapters into the weights, in float32; a non-finite adapter is refused by PEFT."""
         return cast("PreTrainedModel", cast("PeftModel", model.float()).merge_and_unload(safe_merge=True))

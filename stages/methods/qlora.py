@@ -7,6 +7,7 @@ layers would round most of a small update away, and merging into the original we
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
+from stages.methods.base import Start
 from stages.methods.lora import LowRank
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class Qlora(LowRank):
                 module.compute_dtype = dtype
         return model
 
-    def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Load the start quantised once more, dequantise it and fold the trained adapters in, in float32."""
         import torch
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-        base = self.load(start, torch.float32, torch.float32).dequantize().to("cpu").float()
+        base = self.load(start.model, torch.float32, torch.float32).dequantize().to("cpu").float()
         target = get_peft_model(base, self.adapter_config()).float()
         result = set_peft_model_state_dict(target, get_peft_model_state_dict(cast("PeftModel", model)))
         if result.unexpected_keys:

@@ -9,13 +9,12 @@ signal»: hold a result against a control before you believe in the selection.
 
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import Field
 
 from stages.errors import InvalidInput
-from stages.methods.base import MethodSpec, Prepared, train_only
+from stages.methods.base import MethodSpec, Prepared, Start, train_only
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ class Spectrum(MethodSpec):
     top_percent: Annotated[float, Field(gt=0, le=100)] = 25.0
     """Share of the matrices of each module type that train, at least one; embeddings and norms never do."""
 
-    def prepare(self, model: "PreTrainedModel") -> Prepared:
+    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Scan the model's matrices and unfreeze the selected ones."""
         scores = scan(model)
         selected = select(scores, self.top_percent)
@@ -46,7 +45,7 @@ class Spectrum(MethodSpec):
         ]
         return Prepared(model, selected, {"spectrum": table})
 
-    def finish(self, model: "torch.nn.Module", start: Path) -> "PreTrainedModel":
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Nothing to merge: the trained matrices are the model's own."""
         return cast("PreTrainedModel", model.float())
 

@@ -12,7 +12,7 @@ from stages.artifact import MODEL
 from stages.errors import StageFailed
 from stages.merge import hand_over
 from stages.methods import Method, qlora
-from stages.methods.base import MethodSpec, Prepared
+from stages.methods.base import MethodSpec, Prepared, Start
 from stages.methods.qlora import Qlora
 from stages.methods.spectrum import Spectrum
 from stages.model import load_plain, load_tokenizer
@@ -64,7 +64,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def prepared(method: MethodSpec, start: Path, dtype=torch.float32) -> Prepared:
-    return method.prepare(method.load(start, dtype, dtype))
+    return method.prepare(method.load(start, dtype, dtype), Start(start))
 
 
 def train(model, steps: int = 3, *, autocast: bool = False) -> None:
@@ -82,7 +82,7 @@ def train(model, steps: int = 3, *, autocast: bool = False) -> None:
 
 
 def handed_over(method: MethodSpec, model, start: Path, folder: Path):
-    return hand_over(method, model, load_tokenizer(start), start, folder)
+    return hand_over(method, model, load_tokenizer(start), Start(start), folder)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -287,7 +287,7 @@ def test_spectrum_selects_by_the_reference_rule(percent, per_type, start):
                     (1 + number * 7 % 4) * torch.outer(torch.randn(len(matrix)), torch.randn(matrix.shape[1])) / 32
                 )
     expected = reference_selection(model, percent)
-    _, selected, record = Spectrum(kind="spectrum", top_percent=percent).prepare(model)
+    _, selected, record = Spectrum(kind="spectrum", top_percent=percent).prepare(model, Start(start))
     assert selected == expected
     types = [name.split(".", 3)[3] for name in selected]
     assert {kind: types.count(kind) for kind in types} == dict.fromkeys(
@@ -302,7 +302,9 @@ def test_spectrum_selects_by_the_reference_rule(percent, per_type, start):
 
 
 def test_spectrum_never_trains_a_tied_head(models):
-    _, selected, _ = Spectrum(kind="spectrum", top_percent=100.0).prepare(load_plain(models["tied"], torch.float32))
+    _, selected, _ = Spectrum(kind="spectrum", top_percent=100.0).prepare(
+        load_plain(models["tied"], torch.float32), Start(models["tied"])
+    )
     assert len(selected) == 28
     assert all(".layers." in name for name in selected)
 

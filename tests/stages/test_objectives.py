@@ -342,7 +342,7 @@ def run_dpo(base_model, tokenizer, tmp_path, monkeypatch):
             return found
 
         set_seed(1)
-        prepared = stage.method.prepare(stage.method.load(base_model, torch.float32, torch.float32))
+        prepared = stage.method.prepare(stage.method.load(base_model, torch.float32, torch.float32), Start(base_model))
         dataset, _ = stage.dataset(PAIRS, tokenizer)
         with monkeypatch.context() as patch:
             patch.setattr(Dpo, "trainer", trainer)
