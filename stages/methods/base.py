@@ -77,6 +77,8 @@ class MethodSpec(Spec):
     """Endings of the names of weights that a merged model has beyond its start: ``.bias`` for BitFit."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages beyond torch and transformers that the method needs."""
+    rank_is_bounded: ClassVar[bool] = True
+    """Whether ``rank`` (``initial_rank``), where a method has one, ends at the smaller side of each target matrix."""
 
     def targets(self) -> tuple[str, ...] | None:
         """Module names that must exist in the model, or None where the method finds its own."""
@@ -85,6 +87,17 @@ class MethodSpec(Spec):
     def files(self) -> tuple[str, ...]:
         """Files of the spec's folder that the method reads; their content is part of the stage's identity."""
         return ()
+
+    def unsupported(self, config: dict[str, Any]) -> str | None:
+        """Why the method cannot serve a model, by its config.json; None where it can.
+
+        Asked by `validate`, without torch; the message says what was found and which method to take instead.
+        """
+        return None
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """What the plan says of the method on a model with this config.json: one line each."""
+        return []
 
     def load(self, start: Path, dtype: "torch.dtype", compute: "torch.dtype") -> "PreTrainedModel":
         """The start model as this method trains it: frozen weights in ``dtype``, multiplied in ``compute``."""
