@@ -50,7 +50,7 @@ class Dpo(ObjectiveSpec):
     @property
     def first_loss(self) -> float | None:
         """What the loss must be while policy and reference are the same model; None where it says nothing."""
-        return math.log(2) if self.train.loss == "sigmoid" else None
+        return math.log(2) if self.train.loss == "sigmoid" and not self.method.adds_to_loss else None
 
     def check_reference(self, trainer: "Trainer") -> Callable[[], None]:
         """Compare the log-probabilities of policy and reference on the first pairs, under the trainer's autocast.

@@ -5,6 +5,8 @@ same numbers differ by as much as a wrong merge of a small update. So models are
 one fits into memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,10 +54,28 @@ def logits(model: Any, ids: "torch.Tensor", *, autocast: bool = False) -> "torch
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+    with torch.no_grad(), _any_precision(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         found = model(input_ids=ids.to(device), use_cache=False).logits
     model.train(training)
     return cast("torch.Tensor", found.cpu())
+
+
+@contextmanager
+def _any_precision(model: Any) -> Iterator[None]:
+    """Let the experts of a mixture compute one by one in float64: their grouped product ends at float32."""
+    import torch
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    switch = getattr(plain, "set_experts_implementation", None)
+    if switch is None or next(plain.parameters()).dtype != torch.float64 or not plain._can_set_experts_implementation():
+        yield
+        return
+    before = plain.get_experts_implementation()
+    switch("eager")
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 def packing_leak(model: Any, *, autocast: bool = False) -> float:

@@ -13,10 +13,46 @@ from typing import Annotated
 
 from pydantic import Field
 
+from stages.methods.adalora import Adalora
+from stages.methods.bitfit import Bitfit
+from stages.methods.dora import Dora
 from stages.methods.full import Full
+from stages.methods.glora import Glora
+from stages.methods.longlora import Longlora
 from stages.methods.lora import Lora
+from stages.methods.lora_fa import LoraFa
+from stages.methods.lora_plus import LoraPlus
+from stages.methods.milora import Milora
+from stages.methods.olora import Olora
+from stages.methods.pissa import Pissa
 from stages.methods.qlora import Qlora
+from stages.methods.rslora import RsLora
 from stages.methods.spectrum import Spectrum
+from stages.methods.vera import Vera
 
-Method = Annotated[Full | Spectrum | Lora | Qlora, Field(discriminator="kind")]
+Method = Annotated[
+    # Whole weights
+    Full
+    | Spectrum
+    | Bitfit
+    # Low rank
+    | Lora
+    | RsLora
+    | LoraPlus
+    | LoraFa
+    | Dora
+    | Adalora
+    | Pissa
+    | Milora
+    | Olora
+    | Vera
+    | Glora
+    # Through the SVD
+    # Quantised
+    | Qlora
+    # Long context
+    | Longlora,
+    # Not mergeable: the last stage only
+    Field(discriminator="kind"),
+]
 """THE registry of methods."""

@@ -75,6 +75,10 @@ class MethodSpec(Spec):
     """Settings of the model's config that the method may change, on purpose."""
     new_weights: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of weights that a merged model has beyond its start: ``.bias`` for BitFit."""
+    adds_to_loss: ClassVar[bool] = False
+    """Whether `attach` adds a term to the loss: DPO's first loss then says nothing."""
+    objectives: ClassVar[tuple[str, ...]] = ("cpt", "ift", "dpo")
+    """The objectives for which the method is sound."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages beyond torch and transformers that the method needs."""
     rank_is_bounded: ClassVar[bool] = True
@@ -116,6 +120,14 @@ class MethodSpec(Spec):
             stages.errors.InvalidInput: the method cannot serve this model.
         """
         raise TypeError(f"method {self.kind} does not say how it prepares a model")
+
+    @property
+    def exact_merge(self) -> bool:
+        """Whether the merge is meant to be the trained model.
+
+        If not, its distance is recorded, and only the written checkpoint is held against the merge.
+        """
+        return True
 
     def attach(self, trainer: "Trainer") -> None:
         """What the method adds to the trainer before its first step: an optimizer of its own, a loss term."""

@@ -1,21 +1,58 @@
 """LoRA: low-rank adapters beside frozen weights (Hu et al., arXiv 2106.09685)."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from stages.methods.base import MethodSpec, Prepared, Reference, Start
+from stages.methods.targets import Targets, adapter_targets, check_rank, is_transposed
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
-class LowRank(MethodSpec):
-    """What the LoRA family shares: dW = (alpha / rank) B A, with B zero at the start."""
+class Adapter(MethodSpec):
+    """What methods share that put a PEFT adapter beside frozen linear layers and fold it in at the end."""
 
     reference: ClassVar[Reference] = "adapter_off"
+    trained: ClassVar[str]
+    """What the names of trained parameters contain."""
+
+    target_modules: Targets = "all-linear"
+    """Modules that get an adapter: all-linear, attention, query-value, or names such as q_proj."""
+
+    def targets(self) -> tuple[str, ...] | None:
+        """The named modules, if any are named."""
+        return None if isinstance(self.target_modules, str) else self.target_modules
+
+    def adapter_config(self, model: "PreTrainedModel", start: Start) -> "PeftConfig":
+        """The settings in PEFT's terms."""
+        raise TypeError(f"method {self.kind} does not say how its adapter is set up")
+
+    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
+        """Add the adapters; only they train."""
+        import torch
+        from peft import get_peft_model
+
+        adapted = get_peft_model(model, self.adapter_config(model, start))
+        trainable = frozenset(name for name, _ in adapted.named_parameters() if self.trained in name)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(name in trainable)
+            if name in trainable:
+                parameter.data = parameter.data.to(torch.float32)
+        return Prepared(adapted, trainable, {})
+
+    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
+        """Fold the adapters into the weights, in float32; a non-finite adapter is refused by PEFT."""
+        return cast("PreTrainedModel", cast("PeftModel", model.float()).merge_and_unload(safe_merge=True))
+
+
+class LowRank(Adapter):
+    """What the LoRA family shares: dW = (alpha / rank) B A, with B zero at the start."""
+
+    trained: ClassVar[str] = ".lora_"
 
     rank: Annotated[int, Field(gt=0)] = 16
     """Rank of each update."""
@@ -23,44 +60,34 @@ class LowRank(MethodSpec):
     """The update is scaled by alpha / rank; twice the rank where it is not given."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input while training (DPO switches it off)."""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """Modules that get an adapter: every linear one but the output head, or names such as q_proj."""
 
-    def targets(self) -> tuple[str, ...] | None:
-        """The named modules, if any are named."""
-        return None if isinstance(self.target_modules, str) else self.target_modules
+    @property
+    def scaled_by(self) -> float:
+        """The alpha in use: the one given, or twice the rank."""
+        return 2 * self.rank if self.alpha is None else self.alpha
 
-    def adapter_config(self) -> "LoraConfig":
+    def options(self) -> dict[str, Any]:
+        """What a variant adds to PEFT's `LoraConfig`."""
+        return {}
+
+    def adapter_config(self, model: "PreTrainedModel", start: Start) -> "LoraConfig":
         """The settings in PEFT's terms."""
         from peft import LoraConfig
 
-        named = self.target_modules
+        targets = adapter_targets(model, self.target_modules)
+        check_rank(model, targets, self.rank)
         return LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_alpha=self.scaled_by,
             lora_dropout=self.dropout,
-            target_modules=named if isinstance(named, str) else list(named),
+            target_modules=targets,
+            fan_in_fan_out=is_transposed(model, targets),
             task_type="CAUSAL_LM",
+            **self.options(),
         )
-
-    def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
-        """Add the adapters; only they train."""
-        import torch
-        from peft import get_peft_model
-
-        adapted = get_peft_model(model, self.adapter_config())
-        trainable = frozenset(name for name, p in adapted.named_parameters() if ".lora_" in name)
-        for name, parameter in adapted.named_parameters():
-            if name in trainable:
-                parameter.data = parameter.data.to(torch.float32)
-        return Prepared(adapted, trainable, {})
 
 
 class Lora(LowRank):
     """Train low-rank adapters: cheap, forgets little, learns less than full training in CPT."""
 
     kind: Literal["lora"]
-
-    def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
-        """Fold the adapters into the weights, in float32; a non-finite adapter is refused by PEFT."""
-        return cast("PreTrainedModel", cast("PeftModel", model.float()).merge_and_unload(safe_merge=True))

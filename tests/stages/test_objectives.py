@@ -16,6 +16,7 @@ from stages.cpt import Cpt
 from stages.dpo import Dpo
 from stages.errors import InvalidInput, StageFailed
 from stages.ift import IGNORED, Ift
+from stages.methods.base import Start
 from stages.model import load_plain, load_tokenizer
 from stages.train import fit, trainer_arguments
 
