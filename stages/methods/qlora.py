@@ -255,12 +255,12 @@ def quantised_layers(model: "PeftModel") -> list[tuple[str, "torch.nn.Module", A
     return found
 
 
-def as_linear(module: "torch.nn.Module") -> "torch.Tensor":
-    """A view of a layer's weight as (out, in): GPT-2's Conv1D keeps the transpose."""
+def as_linear(module: "torch.nn.Module", tensor: "torch.Tensor | None" = None) -> "torch.Tensor":
+    """A view of a layer's weight, or of ``tensor`` in its shape, as (out, in): GPT-2's Conv1D keeps the transpose."""
     from transformers.pytorch_utils import Conv1D
 
-    weight = cast("torch.Tensor", module.weight).data
-    return weight.T if isinstance(module, Conv1D) else weight
+    found = cast("torch.Tensor", module.weight).data if tensor is None else tensor
+    return found.T if isinstance(module, Conv1D) else found
 
 
 def _multiply_with(layer: Any) -> Any:
