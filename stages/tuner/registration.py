@@ -1,0 +1,37 @@
+"""Make a tuner known to PEFT, which has no public way to add a kind of adapter from outside.
+
+`register_peft_method` refuses names that its enumeration lacks, so a member is added through the private tables of
+`enum`. A test holds this against the versions of Python and PEFT that the lock file names.
+"""
+
+from typing import Any
+
+NAME = "TRIVIUM"
+"""The ``peft_type`` in the adapter_config.json of our adapters."""
+PREFIX = "trivium_"
+"""What the names of modules that belong to the tuner start with."""
+
+
+def peft_type() -> Any:
+    """Our member of PEFT's enumeration of adapter kinds, added if it is not there yet."""
+    from peft import PeftType
+
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = NAME
+        member._value_ = NAME
+        member.__objclass__ = PeftType
+        type.__setattr__(PeftType, NAME, member)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+        PeftType._member_names_.append(NAME)
+    return PeftType(NAME)
+
+
+def register(config: type, model: type) -> None:
+    """Let PEFT build ``model`` from ``config``; a second call changes nothing."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+
+    if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model, prefix=PREFIX)
