@@ -18,13 +18,16 @@ from stages.methods.bitfit import Bitfit
 from stages.methods.dora import Dora
 from stages.methods.full import Full
 from stages.methods.glora import Glora
+from stages.methods.loftq import Loftq
 from stages.methods.longlora import Longlora
 from stages.methods.lora import Lora
 from stages.methods.lora_fa import LoraFa
 from stages.methods.lora_plus import LoraPlus
+from stages.methods.lq_lora import LqLora
 from stages.methods.milora import Milora
 from stages.methods.olora import Olora
 from stages.methods.pissa import Pissa
+from stages.methods.qa_lora import QaLora
 from stages.methods.qlora import Qlora
 from stages.methods.rslora import RsLora
 from stages.methods.spectrum import Spectrum
@@ -50,6 +53,9 @@ Method = Annotated[
     # Through the SVD
     # Quantised
     | Qlora
+    | Loftq
+    | LqLora
+    | QaLora
     # Long context
     | Longlora,
     # Not mergeable: the last stage only
