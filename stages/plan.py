@@ -318,7 +318,22 @@ def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
         raise InvalidInput(
             f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{adapter}"
         )
+    _refuse_quantised(place)
     return sorted({file for pattern in BASE_FILES for file in place.glob(pattern)})
+
+
+def _refuse_quantised(place: Path) -> None:
+    """Adapters merge into floating-point weights, and quantising twice is two errors."""
+    try:
+        settings = json.loads((place / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"model.path: {place / 'config.json'}: not a model's config: {error}") from error
+    if settings is not None:
+        found = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise InvalidInput(
+            f"model.path: {place}: the base is quantised already (quantization_config: {found or settings}); name the "
+            "original weights: methods qlora, loftq, lq_lora and qa_lora quantise by themselves"
+        )
 
 
 def _base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[str, Any]:

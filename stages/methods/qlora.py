@@ -119,6 +119,25 @@ class Quantised(LowRank):
                 layer.forward = _multiply_with(layer)
         return model
 
+    def load_beneath(self, start: Path) -> "PreTrainedModel":
+        """The start model with its quantised weights dequantised: what the adapters were trained over."""
+        import torch
+
+        from stages.model import load_plain
+
+        plain = load_plain(start, torch.float32)
+        layers = dict(plain.named_modules())
+        with torch.no_grad():
+            for name, module in self.load(start, torch.float32, torch.float32).named_modules():
+                if is_quantised(module):
+                    as_linear(layers[name]).copy_(dequantise(module))
+        return plain
+
+    @property
+    def beneath(self) -> dict[str, Any]:
+        """The quantisation."""
+        return {"quantization": self.quantization, "double_quantization": self.double_quantization is not False}
+
     def merge_record(self, model: "torch.nn.Module", start: Start) -> dict[str, Any]:
         """How far rounding the inputs of 8-bit layers moves the logits, as the trained model runs with it."""
         rounding = [module for module in model.modules() if is_quantised(module) and "forward" in vars(module)]
@@ -149,6 +168,19 @@ class Qlora(Quantised):
     def exact_merge(self) -> bool:
         """Whether the merge is the trained model: not where it goes into the original weights."""
         return self.merge_into == "dequantized"
+
+    def load_beneath(self, start: Path) -> "PreTrainedModel":
+        """What the adapters are folded into, whatever they were trained over."""
+        import torch
+
+        from stages.model import load_plain
+
+        return load_plain(start, torch.float32) if self.merge_into == "original" else super().load_beneath(start)
+
+    @property
+    def beneath(self) -> dict[str, Any]:
+        """The quantisation; nothing where the start's own weights are merged into."""
+        return {} if self.merge_into == "original" else super().beneath
 
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """The start model with the adapters folded in, over its own weights or the dequantised ones."""
