@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -13,6 +14,7 @@ from stages.errors import InvalidInput, TriviumError, TryAgain
 if TYPE_CHECKING:
     from flows.engine import Run
     from flows.pipeline import Listener
+    from specs.load import Problem
     from stages.plan import Plan
 
 app = App(
@@ -49,25 +51,54 @@ def init(folder: Path, *, template: str = "quickstart") -> None:
 @app.command
 def validate(spec: SpecFile) -> None:
     """Check a spec and every file it names; all errors at once, each by line and column."""
+    from stages.advice import warnings
     from stages.check import check_spec
     from stages.pipeline import load_pipeline
 
     pipeline, document = load_pipeline(spec)
     check_spec(pipeline, document)
+    _advise(warnings(pipeline, document))
     stages = ", ".join(f"{stage.name} ({stage.kind}, {stage.method.kind})" for stage in pipeline.stages)
     print(f"{spec}: valid; {len(pipeline.stages)} stages: {stages}")  # noqa: T201
 
 
 @app.command
 def plan(spec: SpecFile, *, root: Root = None) -> None:
-    """Say which steps would run, and why; which are kept."""
+    """Say which steps would run, and why; which are kept; how many parameters each stage trains."""
     from flows.engine import Run
+
+    _explain(Run(spec, root_of(spec, root)), count=True)
+
+
+def _explain(asked: "Run", *, count: bool, forced: bool = False) -> "Plan":
+    """Check a spec, print its plan and what is advised against, and return the plan.
+
+    Args:
+        asked: what is to be planned.
+        count: count trainable parameters that are not known yet, in a process of its own that takes some seconds.
+        forced: plan with ``--from``.
+    """
     from flows.terminal import print_plan
-    from stages.check import check_spec
+    from stages.advice import warnings
+    from stages.check import check_counts, check_spec
+    from stages.count import base_folder, stage_counts, stage_lines
     from stages.pipeline import load_pipeline
 
-    check_spec(*load_pipeline(spec))
-    print_plan(Run(spec, root_of(spec, root)).plan())
+    pipeline, document = load_pipeline(asked.spec)
+    check_spec(pipeline, document)
+    found = asked.plan(forced=forced)
+    counts = stage_counts(found, compute=count)
+    check_counts(found, counts, document)
+    print_plan(found, stage_lines(found, counts))
+    _advise(warnings(pipeline, document, base_folder(found)))
+    return found
+
+
+def _advise(found: "Sequence[Problem]") -> None:
+    if found:
+        from flows.terminal import print_warnings
+
+        print_warnings(found)
 
 
 @app.command
@@ -90,14 +121,10 @@ def run(
     """
     from flows.engine import Plain, Run, run_chain
     from flows.summary import summarise
-    from flows.terminal import Watcher, print_plan, print_summary
-    from stages.check import check_spec
-    from stages.pipeline import load_pipeline
+    from flows.terminal import Watcher, print_summary
 
-    check_spec(*load_pipeline(spec))
     asked = Run(spec.resolve(), root_of(spec, root), from_stage, until_stage)
-    plan = asked.plan(forced=True)
-    print_plan(plan)
+    plan = _explain(asked, count=False, forced=True)
     try:
         if not plan.pending and all(verdict.passed for _, verdict in summarise(plan).verdicts):
             print("Nothing changed: every step is published and every gate passes.")  # noqa: T201
@@ -176,6 +203,30 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     if last.artifact is None:
         raise InvalidInput(f"{spec}: no model is released yet; `trivium run {spec}` makes one")
     converse(last.artifact.model, prompt, max_tokens)
+
+
+@app.command
+def combine(
+    artifacts: list[Path],
+    *,
+    to: Path,
+    weight: list[float] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Add up what several SVF stages of one base learned, with weights, into one plain model.
+
+    Args:
+        artifacts: Folders of published stages with method svf (or svft, pattern plain) that started from one model.
+        to: The folder to write; must not exist.
+        weight: How much of each, in order; 1 each by default.
+        dtype: Precision of the written weights.
+    """
+    from stages.combine import combine as add_up
+
+    record = add_up(artifacts, [1.0] * len(artifacts) if weight is None else weight, to, dtype)
+    for part in record["parts"]:
+        print(f"{part['weight']:+g} x {part['artifact']}")  # noqa: T201
+    print(f"model:  {to} (logits differ from the sum by {record['max_logit_error']:.1e} at most)")  # noqa: T201
 
 
 @app.command

@@ -1,7 +1,7 @@
 """What a run looks like in a terminal: one line per step, progress bars, a table at the end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -69,8 +69,8 @@ class Watcher:
             self._progress.update(self._task, completed=done, total=total, note=note)
 
 
-def print_plan(plan: Plan) -> None:
-    """Which steps will run, and why."""
+def print_plan(plan: Plan, details: Mapping[str, Sequence[str]]) -> None:
+    """Which steps will run, and why; under a step its own lines from ``details``, by its name."""
     for step in plan.steps:
         if step.artifact is None:
             mark, text = "[yellow]run     [/]", step.reason
@@ -81,6 +81,14 @@ def print_plan(plan: Plan) -> None:
             mark, text = "[green]keep    [/]", step.reason
         kind = "" if step.stage is None else f" [dim]({step.stage.kind}, {step.stage.method.kind})[/]"
         out.print(f"{mark} {step.order} {step.name}{kind}: {text}")
+        for line in details.get(step.name, ()):
+            out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
+
+
+def print_warnings(warnings: Sequence[object]) -> None:
+    """What a spec is advised against, a line each: nothing is refused by it."""
+    for warning in warnings:
+        err.print(str(warning), style="yellow", markup=False, soft_wrap=True)
 
 
 def print_summary(summary: Summary) -> None:

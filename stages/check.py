@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from specs.gate import LmEvalSpec, PreferenceSpec
 from specs.load import Document, Problem, SpecError
 from specs.pipeline import Location
-from stages.artifact import Artifact, read
+from stages.artifact import read
+from stages.count import Count
 from stages.data import Normaliser, read_source
 from stages.errors import InvalidInput
+from stages.layout import Layout, read_layout
 from stages.metrics.harness import is_task_file, task_files
 from stages.pipeline import Pipeline
-from stages.plan import Step, base_files
+from stages.plan import Plan, Step, base_files
+from stages.requirements import stage_problems
 from stages.rows import any_scored_row, preference_row
 from stages.train import extra_problems
 
@@ -44,7 +47,7 @@ def check_spec(pipeline: Pipeline, document: Document) -> None:
 def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) -> Found:
     """What is wrong with the files, packages and trainer arguments that the spec names."""
     found: Found = []
-    _try(found, ("model",), lambda: base_files(pipeline, folder))
+    layout = _base_layout(pipeline, folder, found)
     template = pipeline.model.chat_template
     if template is not None and not (folder / template).is_file():
         found.append((("model", "chat_template"), f"{folder / template}: no such file"))
@@ -54,6 +57,8 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
             if importlib.util.find_spec(package) is None:
                 message = f"method {stage.method.kind} needs the package {package}: pip install {package}"
                 found.append(((*place, "method"), message))
+        last = number == len(pipeline.stages) - 1
+        found += [((*place, *where), message) for where, message in stage_problems(stage, layout, last=last)]
         found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
         for source_number, source in enumerate(stage.data):
             _read(found, (*place, "data", source_number), source, folder, stage.normalise, limit)
@@ -88,7 +93,7 @@ def has_gpu() -> bool:
 
 
 def check_base(pipeline: Pipeline, step: Step) -> None:
-    """Hold the stages against the prepared base: target modules, chat template.
+    """Hold the stages against the prepared base: what their methods require of it, chat template.
 
     Raises:
         InvalidInput: a stage cannot run on this model.
@@ -96,16 +101,11 @@ def check_base(pipeline: Pipeline, step: Step) -> None:
     artifact = step.artifact or read(step.target)
     if artifact is None:
         return
-    modules = module_names(artifact)
+    layout = read_layout(artifact.model)
     template = has_chat_template(artifact.model)
-    for stage in pipeline.stages:
-        wanted = stage.method.targets() or ()
-        missing = [name for name in wanted if name not in modules]
-        if missing:
-            raise InvalidInput(
-                f"stage {stage.name}: target_modules names {', '.join(missing)}, which this model does not have; "
-                f"it has: {', '.join(sorted(modules))}"
-            )
+    for number, stage in enumerate(pipeline.stages):
+        for where, message in stage_problems(stage, layout, last=number == len(pipeline.stages) - 1):
+            raise InvalidInput(f"stage {stage.name}: {where[1]}: {message}")
         if stage.needs_chat_template and not template:
             raise InvalidInput(
                 f"stage {stage.name} ({stage.kind}) needs a chat template, and the base's tokenizer has none; "
@@ -113,16 +113,20 @@ def check_base(pipeline: Pipeline, step: Step) -> None:
             )
 
 
-def module_names(artifact: Artifact) -> set[str]:
-    """Last parts of the names of modules with a matrix, from the headers of the weight files."""
-    found = set()
-    for file in artifact.model.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name.endswith(".weight") and len(entry.get("shape", ())) == 2:
-                found.add(name.split(".")[-2])
-    return found
+def check_counts(plan: Plan, counts: dict[str, Count], document: Document) -> None:
+    """Refuse what the model itself, built without weights, was found not to take.
+
+    Raises:
+        SpecError: a method cannot serve this model, at its place in the spec.
+    """
+    names = [stage.name for stage in plan.pipeline.stages]
+    found = [
+        document.problem(("stages", names.index(name), "method", "kind"), count.reason)
+        for name, count in counts.items()
+        if count.refused
+    ]
+    if found:
+        raise SpecError(found)
 
 
 def has_chat_template(model: Path) -> bool:
@@ -131,6 +135,17 @@ def has_chat_template(model: Path) -> bool:
         return True
     settings = model / "tokenizer_config.json"
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _base_layout(pipeline: Pipeline, folder: Path, found: Found) -> Layout | None:
+    """The base's config and headers, if it is a sound folder; what is wrong with it goes to ``found``."""
+    before = len(found)
+    _try(found, ("model",), lambda: base_files(pipeline, folder))
+    layouts: list[Layout] = []
+    if pipeline.model.path is not None and len(found) == before:
+        place = folder / pipeline.model.path
+        _try(found, ("model", "path"), lambda: layouts.append(read_layout(place)))
+    return layouts[0] if layouts else None
 
 
 def _read(

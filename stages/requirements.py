@@ -1,0 +1,153 @@
+"""What a method requires of its stage and of the model, without torch: from the spec, the config and the headers.
+
+`validate` holds every stage against a base that is on disk, a run against one that had to be prepared first, so
+that a method that cannot serve a model never starts on it.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from specs.pipeline import Location
+from stages.layout import HEADS, Layout
+from stages.methods.base import MethodSpec
+from stages.objective import ObjectiveSpec
+
+EMBEDDINGS = HEADS | {
+    "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_positions",
+}  # fmt: skip
+"""Last parts of the names of embeddings and output heads."""
+ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention"})
+"""What layers call their attention, as the preset ``attention`` reads it."""
+QUERY_VALUE = frozenset({"q_proj", "v_proj", "query", "value", "qkv_proj", "c_attn", "query_key_value", "Wqkv"})
+"""Query and value projections, alone or in a fused one, as the preset ``query-value`` reads it."""
+_LAYER = re.compile(r"(?:^|\.)\d+\.")
+RANKS = ("initial_rank", "rank")
+"""Fields that hold the rank of an update, the first one that a method has."""
+
+
+def stage_problems(stage: ObjectiveSpec, layout: Layout | None, *, last: bool) -> Iterator[tuple[Location, str]]:
+    """What is wrong between a stage, its method and the base: each with its place in the stage and a message.
+
+    Args:
+        stage: the stage.
+        layout: the base's config and headers; None where it is not on disk yet, and only the spec is looked at.
+        last: whether no stage follows.
+    """
+    method = stage.method
+    yield from _misplaced(stage, last=last)
+    refused = None if layout is None else method.unsupported(layout.config)
+    if refused is not None:
+        yield ("method", "kind"), refused
+        return
+    for number, name in enumerate(method.targets() or ()):
+        problem = _target_problem(name, layout)
+        if problem:
+            yield ("method", "target_modules", number), problem
+    if layout is not None:
+        yield from _rank_problems(method, layout)
+
+
+def target_matrices(method: MethodSpec, layout: Layout) -> dict[str, tuple[int, int]]:
+    """The matrices that a method with target modules adapts: module name -> shape as it is stored.
+
+    Empty for methods without target modules. The same modules that PEFT finds in the loaded model: a test holds
+    the two together.
+    """
+    wanted = getattr(method, "target_modules", None)
+    if wanted is None:
+        return {}
+    return {name: shape for name, shape in linear_modules(layout).items() if _is_target(name, shape, wanted)}
+
+
+def linear_modules(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Every linear module inside the numbered layers: name -> shape as it is stored.
+
+    Experts and their routers are left out: transformers 5 holds them as bare parameters, which no adapter reaches.
+    """
+    experts = {matrix.expert for matrix in layout.matrices} - {None}
+    of_experts = {matrix.tensor for matrix in layout.matrices if matrix.expert is not None}
+    return {
+        tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for tensor in layout.tensors
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and _LAYER.search(tensor.name)
+        if tensor.name not in of_experts and not (experts and tensor.shape[0] == len(experts))
+    }
+
+
+def rank_of(method: MethodSpec) -> tuple[str, int] | None:
+    """The field that holds the rank of a method's updates, and the rank; None where it has none."""
+    field = next((name for name in RANKS if name in type(method).model_fields), None)
+    return None if field is None else (field, getattr(method, field))
+
+
+def by_nearness(found: str, names: Iterable[str]) -> list[str]:
+    """Names in order of their likeness to what was found."""
+    return sorted(names, key=lambda name: (-difflib.SequenceMatcher(None, found, name).ratio(), name))
+
+
+def _misplaced(stage: ObjectiveSpec, *, last: bool) -> Iterator[tuple[Location, str]]:
+    method = stage.method
+    if stage.kind not in method.objectives:
+        sound = " and ".join(method.objectives)
+        yield ("method", "kind"), f"method {method.kind} does not suit objective {stage.kind}; it suits {sound}"
+    if not method.mergeable and not last:
+        yield (
+            ("method", "kind"),
+            f"what method {method.kind} trains cannot be merged into a plain model, so no stage can follow: make this "
+            "the last stage, or take a method that merges, such as lora, dora or spectrum",
+        )
+
+
+def _target_problem(wanted: str, layout: Layout | None) -> str | None:
+    """Why a named target module cannot have an adapter."""
+    last = wanted.rsplit(".", 1)[-1]
+    outside = set() if layout is None else {layout.embedding, layout.head}
+    if last in EMBEDDINGS or any(name is not None and _ends(name.removesuffix(".weight"), wanted) for name in outside):
+        return (
+            f"{wanted!r} is an embedding or the output head: where the two are tied, a merged adapter there gives "
+            "another model than the trained one; remove it. Methods full and longlora train embeddings whole"
+        )
+    if layout is None:
+        return None
+    modules = linear_modules(layout)
+    if any(_ends(name, wanted) for name in modules):
+        return None
+    experts = {matrix.tensor.removesuffix(".weight") for matrix in layout.matrices if matrix.expert is not None}
+    if any(_ends(name, wanted) for name in experts):
+        reason = f"{wanted!r} are this model's experts, which are no linear modules in memory and get no adapter"
+    else:
+        reason = f"this model has no linear module {wanted!r}"
+    present = by_nearness(last, {name.rsplit(".", 1)[-1] for name in modules})
+    return f"{reason}; it has, nearest first: {', '.join(present)}"
+
+
+def _rank_problems(method: MethodSpec, layout: Layout) -> Iterator[tuple[Location, str]]:
+    ranked = rank_of(method)
+    matrices = target_matrices(method, layout)
+    if ranked is None or not method.rank_is_bounded or not matrices:
+        return
+    field, rank = ranked
+    name, shape = min(matrices.items(), key=lambda entry: min(entry[1]))
+    if rank > min(shape):
+        yield (
+            ("method", field),
+            f"{rank} is larger than the smaller side of {name} ({shape[0]} x {shape[1]}); the largest {field} "
+            f"allowed here is {min(shape)}, or leave that module out of target_modules",
+        )
+
+
+def _is_target(name: str, shape: tuple[int, int], wanted: Any) -> bool:
+    if not isinstance(wanted, str):
+        return any(_ends(name, one) for one in wanted)
+    parts = name.split(".")
+    in_attention = not ATTENTION.isdisjoint(parts[:-1])
+    if wanted == "query-value":
+        return in_attention and parts[-1] in QUERY_VALUE
+    return min(shape) > 1 and (wanted == "all-linear" or in_attention)
+
+
+def _ends(name: str, wanted: str) -> bool:
+    """Whether PEFT takes ``wanted`` for this module: the whole name, or its end from a dot on."""
+    return name == wanted or name.endswith(f".{wanted}")
