@@ -21,8 +21,12 @@ from stages.errors import StageFailed
 MANIFEST = "manifest.json"
 MODEL = "model"
 ADAPTER = "adapter"
+BENEATH = "beneath"
+"""The entry of a record that says which base an unmerged adapter belongs on; see `beneath`."""
 EVALUATION = "evaluation"
 VERDICT = "verdict.json"
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""What a plain checkpoint consists of."""
 _ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
 _PARTIAL = ".partial"
 _FORMAT = 1
@@ -42,9 +46,37 @@ class Artifact:
 
     @property
     def model(self) -> Path:
-        """The plain transformers checkpoint: inside the artifact, or the folder that a base refers to."""
+        """The plain checkpoint: in the artifact, the folder that a base refers to, or what lies beneath `adapter`.
+
+        Raises:
+            StageFailed: the artifact is an adapter, and the base that it belongs on is not in the same folder.
+        """
         elsewhere = self.manifest["record"].get("model_path")
-        return Path(elsewhere) if elsewhere else self.path / MODEL
+        if elsewhere:
+            return Path(elsewhere)
+        if self.adapter is None or (self.path / MODEL).is_dir():
+            return self.path / MODEL
+        beneath = find(self.path.parent, self._beneath["identity"])
+        if beneath is None:
+            raise StageFailed(
+                f"{self.path}: holds an adapter, and the base that it belongs on ({short(self._beneath['identity'])}) "
+                f"is not in {self.path.parent}; run `trivium run` on the spec, or use the release, which holds both"
+            )
+        return beneath.model
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter without which `model` is not what was trained; None where `model` is all there is."""
+        return self.path / ADAPTER if self._beneath else None
+
+    @property
+    def loadable(self) -> Path:
+        """The folder to load: the plain checkpoint, or the artifact itself where it is base + adapter."""
+        return self.model if self.adapter is None else self.path
+
+    @property
+    def _beneath(self) -> dict[str, Any]:
+        return dict(self.manifest["record"].get(BENEATH, {}))
 
 
 def short(identity: str) -> str:
@@ -162,6 +194,34 @@ def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[s
         for name in present
         if Path(name).parts[0] not in _ADDED_LATER and not name.endswith(_PARTIAL)
     ]
+    return found + _damage_beneath(artifact, digest)
+
+
+def beneath(identity: str, model: Path) -> dict[str, Any]:
+    """The record of the base that an unmerged adapter belongs on.
+
+    Args:
+        identity: of the artifact that holds the base.
+        model: the base as a plain checkpoint.
+    """
+    files = sorted({file for pattern in MODEL_FILES for file in model.glob(pattern)})
+    return {"identity": identity, "files": {file.name: sha256(file) for file in files}}
+
+
+def _damage_beneath(artifact: Artifact, digest: Callable[[Path], str]) -> list[str]:
+    """What differs between the base that an unmerged adapter was trained on and the one that is there now."""
+    if artifact.adapter is None:
+        return []
+    try:
+        model = artifact.model
+    except StageFailed as error:
+        return [str(error)]
+    found = []
+    for name, expected in artifact._beneath["files"].items():
+        if not (model / name).is_file():
+            found.append(f"{name} of its base is missing")
+        elif digest(model / name) != expected:
+            found.append(f"{name} of its base was changed")
     return found
 
 

@@ -50,7 +50,8 @@ class Dpo(ObjectiveSpec):
     @property
     def first_loss(self) -> float | None:
         """What the loss must be while policy and reference are the same model; None where it says nothing."""
-        return math.log(2) if self.train.loss == "sigmoid" and not self.method.adds_to_loss else None
+        known = self.method.starts_at_reference and not self.method.adds_to_loss
+        return math.log(2) if self.train.loss == "sigmoid" and known else None
 
     def check_reference(self, trainer: "Trainer") -> Callable[[], None]:
         """Compare the log-probabilities of policy and reference on the first pairs, under the trainer's autocast.
@@ -62,7 +63,12 @@ class Dpo(ObjectiveSpec):
         pairs = [unwrapped.train_dataset[number] for number in range(min(4, len(unwrapped.train_dataset)))]
         batch = unwrapped._prepare_inputs(unwrapped.data_collator(pairs))
         start = self._reference(unwrapped, batch)
-        self._hold("policy and reference differ before the first step", _policy(unwrapped, batch), start)
+        if self.method.starts_at_reference:
+            self._hold("policy and reference differ before the first step", _policy(unwrapped, batch), start)
+        else:  # by design: then the reference must be what is left without the adapter
+            with unwrapped.model.disable_adapter():
+                plain = _policy(unwrapped, batch)
+            self._hold("the reference is not the model without its adapter", plain, start)
         changed = "training changed the reference"
         return lambda: self._hold(changed, self._reference(unwrapped, batch), start)
 
@@ -139,8 +145,8 @@ class Dpo(ObjectiveSpec):
         """TRL's DPO trainer, with a reference that is the stage's start whatever the method."""
         from trl import DPOConfig, DPOTrainer
 
-        needs_no_copy = self.method.reference == "adapter_off"
-        with _without_adapter_copy(model) if needs_no_copy else nullcontext():
+        copies = self.method.reference == "adapter_copy"
+        with nullcontext() if copies else _without_adapter_copy(model):
             return DPOTrainer(
                 model=model,
                 args=DPOConfig(**arguments),

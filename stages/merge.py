@@ -1,14 +1,19 @@
-"""The verified hand-over: merge, write, reload as a plain model, compare with what was trained."""
+"""The verified hand-over: merge, write, reload as a plain model, compare with what was trained.
+
+What no plain model can hold is handed over as an adapter, under the same proof: `keep_adapter`.
+"""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import probe
-from stages.artifact import MODEL
+from stages.adapter import save_adapter
+from stages.artifact import ADAPTER, MODEL
 from stages.errors import StageFailed
 from stages.methods.base import MethodSpec, Start
 from stages.model import load_plain, save_plain, set_stop_tokens
+from stages.serving import assemble
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +86,56 @@ def hand_over(
     if not method.exact_merge:
         record["distance_to_trained"] = float((found - wanted).abs().max())
     return reloaded, record | merged
+
+
+def keep_adapter(
+    method: MethodSpec,
+    trained: "torch.nn.Module",
+    start: Start,
+    folder: Path,
+) -> tuple["torch.nn.Module", dict[str, Any]]:
+    """Write the adapter of an unmergeable method and prove that the start with it on is what was trained.
+
+    Args:
+        method: how the model was adapted.
+        trained: the live trained model.
+        start: what the method was prepared with; its model is the base.
+        folder: gets ``adapter/`` and ``probe.safetensors``.
+
+    Returns:
+        The base with the reloaded adapter on (float32, on the CPU), and the record as `hand_over` gives it.
+
+    Raises:
+        StageFailed: the reloaded model is not the trained one.
+    """
+    import torch
+
+    broken = _not_finite(trained)
+    if broken:
+        raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
+    save_adapter(trained, folder / ADAPTER)
+    dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
+    live = method.for_comparison(trained, dtype)
+    ids = probe.probe_ids(live)
+    wanted = probe.logits(live, ids)
+    del live
+    reloaded, _ = assemble(start.model, folder / ADAPTER, torch.float32)
+    found = probe.plain_logits(reloaded, ids, dtype)
+    error, allowed = probe.distance(found, wanted, method.merge_tolerance)
+    if not error <= allowed:
+        raise StageFailed(
+            f"the adapter of method {method.kind}, reloaded on its base, is not the trained model: logits differ by "
+            f"{error:.2g}, allowed {allowed:.2g}. Nothing is published; the trained state is kept for a rerun"
+        )
+    probe.record(folder, ids, found)
+    rms = float((found - wanted).square().mean().sqrt())
+    return reloaded, {
+        "max_logit_error": error,
+        "rms_logit_error": rms,
+        "tolerance": allowed,
+        "compared_in": str(dtype)[6:],
+        "unmerged": True,
+    }
 
 
 def _differences(

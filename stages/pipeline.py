@@ -1,13 +1,14 @@
 """The pipeline with its stages: the registry of objectives, and the whole spec as one type."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from specs.load import Document, SpecError, read
-from specs.pipeline import PipelineSpec
+from specs.pipeline import Location, PipelineSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
 from stages.ift import Ift
@@ -18,6 +19,35 @@ Stage = Annotated[Cpt | Ift | Dpo, Field(discriminator="kind")]
 
 class Pipeline(PipelineSpec[Stage]):
     """A spec file, closed over the stages that exist."""
+
+    def problems(self) -> list[tuple[Location, str]]:
+        """What is wrong between the parts, and what a stage asks of a method that cannot do it."""
+        return [*super().problems(), *self._methods()]
+
+    def _methods(self) -> Iterator[tuple[Location, str]]:
+        for number, stage in enumerate(self.stages):
+            place: Location = ("stages", number)
+            method, train = stage.method, stage.train
+            if not method.mergeable and stage is not self.stages[-1]:
+                yield (
+                    (*place, "method", "kind"),
+                    f"what method {method.kind} trains cannot be merged into a plain model, so no stage can follow: "
+                    "make this the last stage, or take a method that merges, such as lora, dora or spectrum",
+                )
+            # `wrapped` lets neighbours see one another on purpose, whatever the method.
+            if not method.packs and getattr(train, "packing", None) in (True, "split"):
+                off = "false" if stage.kind == "ift" else "none"
+                yield (
+                    (*place, "method", "kind"),
+                    f"with method {method.kind}, documents that share a packed sequence would see one another; set "
+                    f"train.packing: {off}",
+                )
+            if not method.recomputes and train.gradient_checkpointing:
+                yield (
+                    (*place, "train", "gradient_checkpointing"),
+                    f"method {method.kind} cannot recompute activations (its keys are put in front of each layer's); "
+                    "remove gradient_checkpointing, or use prompt_tuning or bottleneck",
+                )
 
 
 def load_pipeline(path: Path) -> tuple[Pipeline, Document]:

@@ -15,6 +15,7 @@ from specs.pipeline import BASE, PREVIOUS
 from stages import checkpoint, evaluate
 from stages.artifact import (
     EVALUATION,
+    MODEL_FILES,
     Artifact,
     damage,
     find,
@@ -43,7 +44,6 @@ TRAINING_LIBRARIES = (
 )
 MEASURING_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
 RELEASE = "release"
-BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _DIGEST = re.compile(r"(^|:)[0-9a-f]{64}$")
 _BASE_VERSION = 1
 _MEASURE_VERSION = 1
@@ -319,7 +319,7 @@ def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
             f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{adapter}"
         )
     _refuse_quantised(place)
-    return sorted({file for pattern in BASE_FILES for file in place.glob(pattern)})
+    return sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
 
 
 def _refuse_quantised(place: Path) -> None:

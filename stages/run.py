@@ -16,26 +16,29 @@ import traceback
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from specs.pipeline import BASE
 from stages import probe
-from stages.artifact import ADAPTER, MODEL, Artifact, publish, read, verified, write_json
+from stages.adapter import save_adapter
+from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified, write_json
 from stages.base import prepare_base
 from stages.data import mixed
 from stages.errors import InvalidInput, StageFailed, TriviumError
 from stages.job import STAGE, Job, read_job
 from stages.lock import exclusive
 from stages.log import event, info, open_channel, phase, so_far
-from stages.merge import hand_over
+from stages.merge import hand_over, keep_adapter
 from stages.methods.base import Prepared, Start
-from stages.model import load_plain, load_tokenizer, save_plain, training_device
+from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens, training_device
 from stages.objective import ObjectiveSpec
 from stages.plan import RELEASE, TRAINING_LIBRARIES, data_digests, versions
+from stages.serving import assemble
 from stages.train import Preemption, autocasts, fit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -64,7 +67,7 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
 
 def _make_base(
     job: Job, work: Path, durations: dict[str, float], _: Preemption | None
-) -> tuple["PreTrainedModel", Artifact]:
+) -> tuple["torch.nn.Module", Artifact]:
     with phase("load", durations):
         shutil.rmtree(work)
         work.mkdir()
@@ -74,7 +77,7 @@ def _make_base(
 
 def _make_stage(
     job: Job, work: Path, durations: dict[str, float], preemption: Preemption | None
-) -> tuple["PreTrainedModel", Artifact]:
+) -> tuple["torch.nn.Module", Artifact]:
     stage = _stage(job)
     parent = _start(job)
     with phase("load", durations):
@@ -105,9 +108,7 @@ def _make_stage(
         output = work / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
-        if hasattr(prepared.model, "peft_config"):
-            cast("Any", prepared.model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
-        model, handed = hand_over(stage.method, prepared.model, tokenizer, start, output)
+        model, handed = _hand_over(stage, prepared, tokenizer, start, output)
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most")
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
         write_json(output / "training.json", details)
@@ -122,6 +123,8 @@ def _make_stage(
             "hand_over": handed,
             **start_record,
         }
+        if not stage.method.mergeable:
+            record[BENEATH] = beneath(parent.identity, parent.model)
         artifact = _publish(job, output, durations, record)
         shutil.rmtree(work, ignore_errors=True)
     del prepared
@@ -129,9 +132,19 @@ def _make_stage(
     return model, artifact
 
 
+def _hand_over(
+    stage: ObjectiveSpec, prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", start: Start, output: Path
+) -> tuple["torch.nn.Module", dict[str, Any]]:
+    if not stage.method.mergeable:
+        return keep_adapter(stage.method, prepared.model, start, output)
+    if hasattr(prepared.model, "peft_config"):
+        save_adapter(prepared.model, output / ADAPTER)
+    return hand_over(stage.method, prepared.model, tokenizer, start, output)
+
+
 def _make_release(
     job: Job, work: Path, durations: dict[str, float], _: Preemption | None
-) -> tuple["PreTrainedModel", Artifact]:
+) -> tuple["torch.nn.Module", Artifact]:
     """Cast the last stage's model to the dtype of the spec and prove that nothing else changed."""
     import torch
 
@@ -140,15 +153,23 @@ def _make_release(
         work.mkdir()
         start = _start(job)
         dtype = getattr(torch, job.pipeline.model.dtype)
-        model = load_plain(start.model, dtype)
-        save_plain(model, load_tokenizer(start.model), work / MODEL)
-        again = load_plain(work / MODEL, dtype)
+        record: dict[str, Any] = {"dtype": job.pipeline.model.dtype}
+        tokenizer = load_tokenizer(start.model)
+        plain = load_plain(start.model, dtype)
+        set_stop_tokens(plain, tokenizer)
+        save_plain(plain, tokenizer, work / MODEL)
+        del plain
+        adapter = None
+        if start.adapter is not None:
+            adapter = shutil.copytree(start.adapter, work / ADAPTER)
+            record[BENEATH] = beneath(start.identity, work / MODEL)
+        again, _ = assemble(work / MODEL, adapter, dtype)
         ids = probe.probe_ids(again)
         found = probe.logits(again, ids)
-        if not torch.equal(found, probe.logits(model, ids)):
+        if not torch.equal(found, probe.logits(assemble(start.model, start.adapter, dtype)[0], ids)):
             raise StageFailed("the released model is not the last stage's; nothing is released")
         probe.record(work, ids, found)
-        return again, _publish(job, work, durations, {"dtype": job.pipeline.model.dtype})
+        return again, _publish(job, work, durations, record)
 
 
 def _stage(job: Job) -> ObjectiveSpec:
@@ -170,6 +191,8 @@ def _prepare(stage: ObjectiveSpec, parent: Artifact, start: Start) -> tuple[Prep
     set_seed(start.seed)
     plain = load_plain(start.model, torch.float32)
     start_error = probe.check_start(plain, parent.path)
+    if (reason := stage.method.unsupported(plain.config.to_dict())) is not None:
+        raise InvalidInput(f"stage {stage.name}: {reason}")
     ids = probe.probe_ids(plain)
     before = probe.logits(plain, ids)
     dtype = getattr(torch, stage.train.weights_dtype)
@@ -177,6 +200,8 @@ def _prepare(stage: ObjectiveSpec, parent: Artifact, start: Start) -> tuple[Prep
     if exact:
         model = plain.to(training_device())
     else:
+        if not stage.method.mergeable and dtype != torch.float32:
+            _refuse_rounding(stage, plain, dtype)
         del plain
         gc.collect()
         compute = torch.bfloat16 if autocasts(stage) else torch.float32
@@ -191,6 +216,18 @@ def _prepare(stage: ObjectiveSpec, parent: Artifact, start: Start) -> tuple[Prep
         )
     record = {"start": {"reload_error": start_error, "adapted_difference": difference, "exact": exact}}
     return prepared, record
+
+
+def _refuse_rounding(stage: ObjectiveSpec, plain: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """What stays an adapter belongs on the base as it is kept; rounded weights are another base."""
+    import torch
+
+    name = next((name for name, p in plain.named_parameters() if not torch.equal(p, p.to(dtype).to(p.dtype))), None)
+    if name is not None:
+        raise InvalidInput(
+            f"stage {stage.name}: train.weights_dtype {str(dtype)[6:]} would round the base ({name}), and the adapter "
+            f"of method {stage.method.kind} stays beside the base as it is; set train.weights_dtype: float32"
+        )
 
 
 def _same_inputs(job: Job, stage: ObjectiveSpec) -> None:
@@ -220,7 +257,7 @@ def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[s
     return publish(folder, Path(job.target), identity=job.identity, record=record)
 
 
-def _measure(job: Job, artifact: Artifact, model: "PreTrainedModel | None") -> None:
+def _measure(job: Job, artifact: Artifact, model: "torch.nn.Module | None") -> None:
     """Measure in the precision of the release, so that what gates judge is what people get."""
     import torch
 
@@ -229,7 +266,7 @@ def _measure(job: Job, artifact: Artifact, model: "PreTrainedModel | None") -> N
     tokenizer = load_tokenizer(artifact.model)
     dtype = getattr(torch, job.pipeline.model.dtype)
     if model is None:
-        model = load_plain(verified(artifact).model, dtype)
+        model, _ = assemble(verified(artifact).model, artifact.adapter, dtype)
     model = model.to(device=training_device(), dtype=dtype).eval()
     for one in job.measurements:
         reference = None if one.reference is None else evaluate.load(Path(one.reference))

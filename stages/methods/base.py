@@ -65,6 +65,12 @@ class MethodSpec(Spec):
     """Where DPO's reference log-probabilities come from."""
     starts_exactly: ClassVar[bool] = True
     """Whether the prepared model equals the start model; quantised ones only come near."""
+    starts_at_reference: ClassVar[bool] = True
+    """Whether DPO's policy and reference are the same model before the first step; with virtual tokens they are not."""
+    packs: ClassVar[bool] = True
+    """Whether documents that share a packed sequence stay apart."""
+    recomputes: ClassVar[bool] = True
+    """Whether activations can be recomputed in the backward pass (train.gradient_checkpointing)."""
     mergeable: ClassVar[bool] = True
     """Whether a plain model can hold what was trained. If not, the stage must be the last one."""
     widest: ClassVar[str] = "float64"
@@ -83,6 +89,11 @@ class MethodSpec(Spec):
     """Packages beyond torch and transformers that the method needs."""
     rank_is_bounded: ClassVar[bool] = True
     """Whether ``rank`` (``initial_rank``), where a method has one, ends at the smaller side of each target matrix."""
+
+    @property
+    def positions(self) -> int:
+        """How many of the model's positions the method takes from the text."""
+        return 0
 
     def targets(self) -> tuple[str, ...] | None:
         """Module names that must exist in the model, or None where the method finds its own."""
@@ -135,6 +146,19 @@ class MethodSpec(Spec):
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """The trained model as a plain one of the start's architecture, in float32."""
         raise TypeError(f"method {self.kind} does not say how it merges")
+
+    def load_beneath(self, start: Path) -> "PreTrainedModel":
+        """The float32 model on the CPU that the stage's kept adapter belongs on: the start, unless it was quantised."""
+        import torch
+
+        from stages.model import load_plain
+
+        return load_plain(start, torch.float32)
+
+    @property
+    def beneath(self) -> dict[str, Any]:
+        """What `load_beneath` depends on beside the start: adapters that differ in it have no base in common."""
+        return {}
 
     def merge_record(self, model: "torch.nn.Module", start: Start) -> dict[str, Any]:
         """What the manifest keeps of the merge beside its error; called before `finish` may change ``model``."""

@@ -12,26 +12,26 @@ PREFIX = "trivium_"
 """What the names of modules that belong to the tuner start with."""
 
 
-def peft_type() -> Any:
+def peft_type(name: str = NAME) -> Any:
     """Our member of PEFT's enumeration of adapter kinds, added if it is not there yet."""
     from peft import PeftType
 
-    if NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, NAME)
-        member._name_ = NAME
-        member._value_ = NAME
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
         member.__objclass__ = PeftType
-        type.__setattr__(PeftType, NAME, member)
-        PeftType._member_map_[NAME] = member
-        PeftType._value2member_map_[NAME] = member
-        PeftType._member_names_.append(NAME)
-    return PeftType(NAME)
+        type.__setattr__(PeftType, name, member)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+    return PeftType(name)
 
 
-def register(config: type, model: type) -> None:
+def register(config: type, model: type, name: str = NAME, prefix: str = PREFIX) -> None:
     """Let PEFT build ``model`` from ``config``; a second call changes nothing."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
-    if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model, prefix=PREFIX)
+    if peft_type(name) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)

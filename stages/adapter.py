@@ -1,0 +1,109 @@
+"""PEFT adapters in and out: kept without a machine's paths, put on a base so that it behaves as it trained."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter of a PEFT model to ``folder``: its weights and settings, nothing about this machine.
+
+    PEFT notes the path that the base was loaded from, here and in a generated model card; elsewhere that path
+    leads nowhere, or to another model. What the base was is in the artifact's manifest.
+    """
+    model.save_pretrained(folder, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / CONFIG
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = None
+    file.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a kept adapter, as PEFT wrote them.
+
+    Raises:
+        InvalidInput: the folder holds no adapter.
+    """
+    try:
+        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{folder}: holds no adapter: {CONFIG} cannot be read") from error
+
+
+def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "PeftModel":
+    """The base with the adapter in ``folder`` on it, in eval mode, nothing trainable.
+
+    Args:
+        base: the plain model that the adapter belongs on; it is changed.
+        folder: what `save_adapter` wrote.
+        name: what the adapter is called from now on.
+    """
+    from peft import PeftModel
+
+    know_own_types()
+    return ready(PeftModel.from_pretrained(base, folder, adapter_name=name)).eval()
+
+
+def load_beside(model: "PeftModel", folder: Path, name: str) -> None:
+    """Put one more adapter, of the same type, beside those that a model has; the active one stays."""
+    model.load_adapter(folder, name)
+
+
+def know_own_types() -> None:
+    """Let PEFT know the adapters that it does not have itself."""
+    import stages.tuner.bottleneck  # noqa: F401 - it registers itself, and the package the other one
+
+
+def ready(model: "PeftModel") -> "PeftModel":
+    """The model itself, with habits of PEFT 0.21 corrected that would be wrong everywhere.
+
+    - With virtual tokens in front, a model answers with more positions than it was asked about. Whoever scores
+      text (probes, metrics, the evaluation harness) counts from the first token of the text. And it warns at every
+      generated token that positions, which it derives itself, are ignored.
+    - `AdaptionPromptModel` remembers the base's ``forward`` as it was found. TRL replaces that method later, to
+      score without materialising logits, and would be called around: `no attribute 'log_probs'`.
+    """
+    from peft import PeftType
+
+    kinds = {config.peft_type for config in model.peft_config.values()}
+    if kinds & {PeftType.PROMPT_TUNING}:
+        model.register_forward_hook(_real_positions, with_kwargs=True)
+        model.generate = _without_position_warning(model.generate)
+    if kinds & {PeftType.ADAPTION_PROMPT}:
+        _follow_forward(model.base_model)
+    return model
+
+
+def _follow_forward(tuner: Any) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return tuner.model.forward(*args, **kwargs)  # looked up anew at each call
+
+    tuner.forward = forward
+
+
+def _without_position_warning(generate: Callable[..., Any]) -> Callable[..., Any]:
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
+            return generate(*args, **kwargs)
+
+    return quiet
+
+
+def _real_positions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    asked = kwargs.get("input_ids", args[0] if args else None)
+    logits = getattr(output, "logits", None)
+    if asked is not None and logits is not None and logits.shape[1] > asked.shape[1]:
+        output.logits = logits[:, -asked.shape[1] :]
+    return output

@@ -1,0 +1,342 @@
+"""Load what a stage published with one call, and serve several stages' adapters from one base.
+
+`load(folder)` gives model and tokenizer of any artifact or model folder. `with_adapters(folders)` loads the start
+model that several artifacts have in common once, and puts the adapter of each beside it. An adapter is served
+only if the base with it on gives the logits that its artifact recorded, so what is served is what was published.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from stages import probe
+from stages.adapter import adapter_settings, attach, load_beside
+from stages.artifact import ADAPTER, Artifact, find, read, short, verified
+from stages.errors import InvalidInput
+from stages.methods import Method
+from stages.methods.base import MethodSpec
+from stages.model import load_plain, load_tokenizer, set_stop_tokens, training_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+BASE = "base"
+"""The name under which the start model itself answers."""
+_METHOD: TypeAdapter[MethodSpec] = TypeAdapter(Method)
+_PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING")
+
+
+def load(
+    folder: Path | str, dtype: "torch.dtype | None" = None, device: str = "cpu"
+) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """The model of an artifact, a release or a plain model folder, ready to generate, and its tokenizer.
+
+    Args:
+        folder: an artifact (the folder with ``manifest.json``), or a plain checkpoint (with ``config.json``).
+        dtype: of the weights; by default as they are kept.
+        device: where the model goes.
+
+    Returns:
+        A transformers model, or a PEFT model of the same interface where the stage's method cannot be merged.
+
+    Raises:
+        InvalidInput: the folder is neither.
+        StageFailed: the artifact was damaged, or the base of its adapter is missing or was changed.
+    """
+    place = Path(folder)
+    if (place / "config.json").is_file():
+        return assemble(place, None, dtype, device)
+    artifact = read(place)
+    if artifact is None:
+        raise InvalidInput(f"{place}: no config.json, so no model, and no whole manifest.json, so no artifact")
+    return assemble(verified(artifact).model, artifact.adapter, dtype, device)
+
+
+def assemble(
+    model: Path, adapter: Path | None, dtype: "torch.dtype | None" = None, device: str = "cpu"
+) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """A plain checkpoint, with an adapter on it where there is one, in eval mode, and its tokenizer.
+
+    Args:
+        model: the plain checkpoint.
+        adapter: the adapter that belongs on it.
+        dtype: of the weights, the adapter's included; by default the checkpoint's.
+        device: where the model goes.
+    """
+    tokenizer = load_tokenizer(model)
+    plain = load_plain(model, "auto" if dtype is None else dtype, device)  # type: ignore[arg-type]
+    if adapter is None:
+        return plain.eval(), tokenizer
+    set_stop_tokens(plain, tokenizer)
+    return attach(plain, adapter).to(dtype=plain.dtype).eval(), tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An artifact with the adapter that its stage trained."""
+
+    name: str
+    artifact: Artifact
+    method: MethodSpec
+    start: Artifact
+    """What the stage started from."""
+    settings: dict[str, Any]
+    """The adapter's, as PEFT wrote them."""
+
+    @property
+    def type(self) -> str:
+        """PEFT's name of the adapter's kind."""
+        return str(self.settings.get("peft_type"))
+
+    @property
+    def unmixable(self) -> str | None:
+        """Why the adapter cannot share a batch with others; None where it can, exactly."""
+        if self.settings.get("use_dora"):
+            return "DoRA rescales the base's own output, for all rows of a batch alike"
+        if self.settings.get("modules_to_save"):
+            return "it replaces whole modules of the base"
+        return None if self.type == "LORA" else f"PEFT applies {self.type} adapters to all rows of a batch alike"
+
+
+class AdapterSet:
+    """One base and the adapters of several artifacts. `with_adapters` makes it."""
+
+    def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase", kept: Sequence[Kept]) -> None:
+        """Take a PEFT model that holds the adapters by their names."""
+        self.model, self.tokenizer = model, tokenizer
+        self.kept = {one.name: one for one in kept}
+        self._active = next(iter(self.kept))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order in which they were given."""
+        return tuple(self.kept)
+
+    @property
+    def active(self) -> str:
+        """What answers where a call names nothing: an adapter, or `base`."""
+        return self._active
+
+    @property
+    def unmixable(self) -> str | None:
+        """Why the adapters cannot share a batch; None where they can, exactly."""
+        found = ((one, one.unmixable) for one in self.kept.values())
+        return next((f"{one.name} ({one.method.kind}): {reason}" for one, reason in found if reason), None)
+
+    def switch(self, name: str) -> None:
+        """Let an adapter answer from now on, or the base itself.
+
+        Raises:
+            InvalidInput: there is none of that name.
+        """
+        self._known([name])
+        self._active = name
+        if name != BASE:
+            self.model.set_adapter(name)
+
+    def logits(self, ids: "torch.Tensor", adapters: Sequence[str] | None = None) -> "torch.Tensor":
+        """The logits of token ids (rows, length), unpadded, each row by its adapter: (rows, length, vocabulary).
+
+        Args:
+            ids: token ids.
+            adapters: one name per row, or `base`; by default the active one for all.
+
+        Raises:
+            InvalidInput: an unknown name, or adapters that cannot share a batch.
+        """
+        return self._run(self.model, ids.shape[0], adapters, input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def generate(
+        self, prompts: Sequence[str], adapters: Sequence[str] | None = None, max_tokens: int = 200
+    ) -> list[str]:
+        """Greedy answers, all in one batch, each by its adapter.
+
+        Args:
+            prompts: a user's turn each; plain text where the tokenizer has no chat template.
+            adapters: one name per prompt, or `base`; by default the active one for all.
+            max_tokens: of the longest answer.
+
+        Raises:
+            InvalidInput: an unknown name, or adapters that cannot share a batch.
+        """
+        names = self._names(len(prompts), adapters)
+        if len({one.type for one in self.kept.values()} & set(_PROMPT_LEARNING)) and len(prompts) > 1:
+            # Padding would stand between the virtual tokens and the text.
+            self._mixable(names)
+            return [self.generate([one], names[:1], max_tokens)[0] for one in prompts]
+        encoded = self._encode(prompts)
+        found = self._run(
+            self.model.generate, len(prompts), names, **encoded, max_new_tokens=max_tokens, do_sample=False
+        )
+        answers = found[:, encoded["input_ids"].shape[1] :]
+        return [str(text) for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Any]:
+        tokenizer: Any = self.tokenizer
+        texts = list(prompts)
+        if tokenizer.chat_template:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in turns]
+        special = not tokenizer.chat_template  # a template writes them itself
+        found = tokenizer(texts, add_special_tokens=special, padding=True, padding_side="left", return_tensors="pt")
+        device = next(self.model.parameters()).device
+        return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
+
+    def _run(self, call: Any, rows: int, adapters: Sequence[str] | None, **inputs: Any) -> Any:
+        """Call the model with the adapters of each row."""
+        import torch
+
+        names = self._names(rows, adapters)
+        self._mixable(names)
+        before = self._active
+        with torch.no_grad():
+            if len(set(names)) > 1:
+                return call(**inputs, adapter_names=["__base__" if name == BASE else name for name in names])
+            self.switch(names[0])
+            try:
+                if names[0] != BASE:
+                    return call(**inputs)
+                with self.model.disable_adapter():
+                    return call(**inputs)
+            finally:
+                self.switch(before)
+
+    def _names(self, rows: int, adapters: Sequence[str] | None) -> list[str]:
+        names = [self._active] * rows if adapters is None else list(adapters)
+        if len(names) != rows:
+            raise InvalidInput(f"{rows} prompts and {len(names)} adapters: name one for each prompt")
+        self._known(names)
+        return names
+
+    def _known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name != BASE and name not in self.kept:
+                raise InvalidInput(f"no adapter {name!r}; there are: {', '.join((*self.names, BASE))}")
+
+    def _mixable(self, names: Sequence[str]) -> None:
+        if len(set(names)) > 1 and self.unmixable:
+            raise InvalidInput(
+                f"these adapters cannot share a batch: {self.unmixable}. Ask one adapter at a time: that is exact"
+            )
+
+
+def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> AdapterSet:
+    """Load the start model of several artifacts once, with the adapters of all of them beside it.
+
+    Args:
+        folders: artifacts of stages that started from the same model, of methods with a PEFT adapter.
+        device: where the model goes; by default where stages train.
+
+    Raises:
+        InvalidInput: they cannot be served from one base; the message names which and why.
+        StageFailed: an artifact was damaged.
+    """
+    kept = _named([_kept(Path(folder)) for folder in folders])
+    if not kept:
+        raise InvalidInput("name at least one artifact")
+    for other in kept[1:]:
+        _check_pair(kept[0], other)
+    first = kept[0]
+    tokenizer = load_tokenizer(first.artifact.model)
+    base = first.method.load_beneath(first.start.model)
+    set_stop_tokens(base, tokenizer)
+    model = attach(base, first.artifact.path / ADAPTER, first.name)
+    for other in kept[1:]:
+        load_beside(model, other.artifact.path / ADAPTER, other.name)
+    served = AdapterSet(model.eval(), tokenizer, kept)
+    for one in kept:
+        _check_served(served, one)
+    model.to(training_device() if device is None else device)
+    return served
+
+
+def _kept(folder: Path) -> Kept:
+    artifact = read(folder)
+    if artifact is None:
+        raise InvalidInput(f"{folder}: not an artifact: no manifest.json that is whole")
+    inputs, record = artifact.manifest["inputs"], artifact.manifest["record"]
+    if inputs.get("kind") != "stage":
+        raise InvalidInput(f"{folder}: {inputs.get('kind')} trained no adapter; name the folder of a stage")
+    kind = inputs["stage"]["method"]["kind"]
+    if not (artifact.path / ADAPTER).is_dir():
+        raise InvalidInput(f"{folder}: method {kind} keeps no adapter; serve the model in {artifact.model}")
+    try:
+        method = _METHOD.validate_python(inputs["stage"]["method"], strict=False)
+    except ValidationError as error:
+        raise InvalidInput(f"{folder}: was made by another version of method {kind}: {error}") from error
+    start = find(artifact.path.parent, inputs["parent"])
+    if start is None:
+        raise InvalidInput(
+            f"{folder}: the artifact that it started from ({short(inputs['parent'])}) is not in "
+            f"{artifact.path.parent}; run `trivium run` on the spec"
+        )
+    if method.reference == "adapter_copy" or method.config_changes:
+        raise InvalidInput(
+            f"{folder}: method {kind} changed the model beneath its adapter, which no other could share; serve the "
+            f"merged model in {artifact.model}"
+        )
+    settings = adapter_settings(artifact.path / ADAPTER)
+    return Kept(str(record["stage"]), verified(artifact), method, start, settings)
+
+
+def _named(kept: list[Kept]) -> list[Kept]:
+    """The same, with the folder's name in place of a stage's that is there twice."""
+    names = [one.name for one in kept]
+    found = [
+        one
+        if names.count(one.name) == 1 and one.name != BASE
+        else Kept(one.artifact.path.name, one.artifact, one.method, one.start, one.settings)
+        for one in kept
+    ]
+    paths = [one.artifact.path.resolve() for one in kept]
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise InvalidInput(f"{path}: named twice")
+        if found[number].name in [one.name for one in found[:number]]:
+            raise InvalidInput(f"{path}: another artifact has the same folder name; copy one of them elsewhere")
+    return found
+
+
+def _check_pair(first: Kept, other: Kept) -> None:
+    if first.start.identity != other.start.identity:
+        raise InvalidInput(
+            f"{first.name} started from {first.start.path.name} and {other.name} from {other.start.path.name}: "
+            "adapters share a base only if their stages started from the same model"
+        )
+    if first.method.beneath != other.method.beneath:
+        raise InvalidInput(
+            f"{first.name} was trained over {_spelt(first.method)} and {other.name} over {_spelt(other.method)}: these "
+            "are different bases"
+        )
+    if first.type != other.type:
+        raise InvalidInput(
+            f"{first.name} is a {first.type} adapter and {other.name} a {other.type} one: PEFT holds one kind at a "
+            "time; serve them apart"
+        )
+
+
+def _spelt(method: MethodSpec) -> str:
+    """What lies beneath a method's adapter, for people."""
+    found = ", ".join(f"{name} {value}" for name, value in method.beneath.items())
+    return f"weights of {found}" if found else "the start's own weights"
+
+
+def _check_served(served: AdapterSet, one: Kept) -> None:
+    """The base with the adapter on must answer as the artifact recorded."""
+    import torch
+    from safetensors.torch import load_file
+
+    recorded = load_file(one.artifact.path / probe.FILE)
+    found = served.logits(recorded["ids"], [one.name] * recorded["ids"].shape[0])[:, -1].to(torch.float64)
+    wanted = recorded["logits"]
+    noise = probe.FLOAT32_NOISE * float(wanted.abs().max())
+    difference = float((found - wanted).abs().max())
+    if not difference <= probe.TOLERANCE + noise:
+        raise InvalidInput(
+            f"{one.name}: the base with its adapter on is not what was published (logits differ by {difference:.2g}): "
+            f"method {one.method.kind} cannot be served so; serve the model in {one.artifact.model}"
+        )
