@@ -231,8 +231,8 @@ def fit(
     _check_policy(stage, float((probe.logits(prepared.model, ids, autocast=mixed) - before).abs().max()))
     reference_is_kept = stage.check_reference(trainer)
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
-    _check_trainable(trainer.model, prepared.trainable, stage)
     stage.method.attach(trainer)
+    _check_trainable(trainer.model, prepared.trainable, stage)
     resume = checkpoint.newest_whole(folder)
     if resume is not None:
         info(f"resuming at step {checkpoint.step_of(resume)}")

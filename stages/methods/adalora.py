@@ -79,12 +79,12 @@ class Adalora(Adapter):
         def with_orthogonality(
             model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+            found = compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             # The trainer averages micro batches itself unless the loss is already per token of the whole batch.
             scaled = _is_scaled(trainer, num_items_in_batch)
             share = 1 / trainer.args.gradient_accumulation_steps if scaled else 1.0
-            loss = loss + self.orthogonality * share * orthogonality(trainer.model)
-            return (loss, outputs) if return_outputs else loss
+            term = self.orthogonality * share * orthogonality(trainer.model)
+            return (found[0] + term, found[1]) if return_outputs else found + term
 
         trainer.compute_loss = with_orthogonality
         # First in the list: what it keeps in a checkpoint must lie there before the checkpoint is sealed.

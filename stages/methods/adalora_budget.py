@@ -23,6 +23,7 @@ class Budget(TrainerCallback):  # type: ignore[misc]
         self._method = method
         self._tuner = model.base_model
         self._config = model.peft_config["default"]
+        self._pattern: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Fix the schedule now that the steps are counted; on a resume, restore what was averaged so far."""
@@ -31,11 +32,14 @@ class Budget(TrainerCallback):  # type: ignore[misc]
         self._config.tfinal = int(self._method.final_share * state.max_steps)
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.global_step and kept.is_file():
-            self._restore(load_file(kept), state.global_step)
+            self._restore(load_file(kept))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update importance and set the entries beyond the budget to zero; gradients are still there."""
+        self._config.rank_pattern = self._pattern
         self._tuner.update_and_allocate(state.global_step)
+        # With a pattern in its settings PEFT cuts what it saves, and could not load that into a model of full rank.
+        self._pattern, self._config.rank_pattern = self._config.rank_pattern, None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the averages and the pattern of ranks."""
@@ -43,12 +47,11 @@ class Budget(TrainerCallback):  # type: ignore[misc]
         tensors = {
             f"{kind}/{name}": tensor for kind in _AVERAGES for name, tensor in getattr(allocator, kind).items()
         }
-        pattern = self._config.rank_pattern or {}
-        tensors |= {f"rank_pattern/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+        tensors |= {f"rank_pattern/{name}": torch.tensor(kept) for name, kept in (self._pattern or {}).items()}
         if tensors:
             save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
 
-    def _restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         allocator = self._tuner.rankallocator
         pattern = {}
         for key, tensor in tensors.items():
@@ -58,5 +61,4 @@ class Budget(TrainerCallback):  # type: ignore[misc]
             else:
                 getattr(allocator, kind)[name] = tensor
                 allocator.ipt.setdefault(name, torch.zeros_like(tensor))
-        if pattern:
-            self._config.rank_pattern = pattern
+        self._pattern = pattern or None

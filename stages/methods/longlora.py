@@ -43,20 +43,13 @@ class Longlora(LowRank):
             return None
         return f"method longlora cannot serve {kind}; it serves {', '.join(_SERVED)}. Use lora"
 
-    def options(self) -> dict[str, Any]:
-        """Nothing beyond LoRA's own; what trains whole is known with the model."""
-        return {}
-
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Stretch the rope, switch attention to groups, add adapters, and train embeddings and norms beside them."""
         import torch
         from peft import get_peft_model
 
-        from stages.errors import InvalidInput
         from stages.methods.shifted_attention import NAME, register
 
-        if (reason := self.unsupported({"model_type": model.config.model_type})) is not None:
-            raise InvalidInput(reason)
         factor = _stretch(model, self.context_length)
         group = self.group_size or max(2, model.config.max_position_embeddings // 4)
         register(group)
