@@ -37,9 +37,6 @@ logits were off by as much as training had moved them)."""
 VERA_RATE = 1e-3
 """The learning rate under which VeRA hardly moves."""
 
-_QUANTISING = ("quantization", "group_size")
-"""Fields of methods that quantise the weights they start from."""
-
 BIDERMAN = "Biderman et al., arXiv 2405.09673"
 HU = "Hu et al., arXiv 2106.09685, section 4"
 OUYANG = "Ouyang et al., arXiv 2203.02155, section 3.5"
@@ -262,7 +259,7 @@ def _is_adapter(stage: ObjectiveSpec) -> bool:
 
 
 def _quantises(stage: ObjectiveSpec) -> bool:
-    return any(name in type(stage.method).model_fields for name in _QUANTISING)
+    return "quantization" in type(stage.method).model_fields or stage.method.kind == "qa_lora"
 
 
 def _rows(stage: ObjectiveSpec, folder: Path) -> float | None:

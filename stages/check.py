@@ -57,8 +57,7 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
             if importlib.util.find_spec(package) is None:
                 message = f"method {stage.method.kind} needs the package {package}: pip install {package}"
                 found.append(((*place, "method"), message))
-        last = number == len(pipeline.stages) - 1
-        found += [((*place, *where), message) for where, message in stage_problems(stage, layout, last=last)]
+        found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
         found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
         for source_number, source in enumerate(stage.data):
             _read(found, (*place, "data", source_number), source, folder, stage.normalise, limit)
@@ -103,8 +102,8 @@ def check_base(pipeline: Pipeline, step: Step) -> None:
         return
     layout = read_layout(artifact.model)
     template = has_chat_template(artifact.model)
-    for number, stage in enumerate(pipeline.stages):
-        for where, message in stage_problems(stage, layout, last=number == len(pipeline.stages) - 1):
+    for stage in pipeline.stages:
+        for where, message in stage_problems(stage, layout):
             raise InvalidInput(f"stage {stage.name}: {where[1]}: {message}")
         if stage.needs_chat_template and not template:
             raise InvalidInput(

@@ -27,20 +27,22 @@ RANKS = ("initial_rank", "rank")
 """Fields that hold the rank of an update, the first one that a method has."""
 
 
-def stage_problems(stage: ObjectiveSpec, layout: Layout | None, *, last: bool) -> Iterator[tuple[Location, str]]:
+def stage_problems(stage: ObjectiveSpec, layout: Layout | None) -> Iterator[tuple[Location, str]]:
     """What is wrong between a stage, its method and the base: each with its place in the stage and a message.
 
     Args:
         stage: the stage.
         layout: the base's config and headers; None where it is not on disk yet, and only the spec is looked at.
-        last: whether no stage follows.
     """
     method = stage.method
-    yield from _misplaced(stage, last=last)
+    if stage.kind not in method.objectives:
+        suited = " and ".join(method.objectives)
+        yield ("method", "kind"), f"method {method.kind} does not suit objective {stage.kind}; it suits {suited}"
     refused = None if layout is None else method.unsupported(layout.config)
     if refused is not None:
         yield ("method", "kind"), refused
         return
+    yield from _position_problems(stage, layout)
     for number, name in enumerate(method.targets() or ()):
         problem = _target_problem(name, layout)
         if problem:
@@ -87,16 +89,16 @@ def by_nearness(found: str, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (-difflib.SequenceMatcher(None, found, name).ratio(), name))
 
 
-def _misplaced(stage: ObjectiveSpec, *, last: bool) -> Iterator[tuple[Location, str]]:
-    method = stage.method
-    if stage.kind not in method.objectives:
-        sound = " and ".join(method.objectives)
-        yield ("method", "kind"), f"method {method.kind} does not suit objective {stage.kind}; it suits {sound}"
-    if not method.mergeable and not last:
+def _position_problems(stage: ObjectiveSpec, layout: Layout | None) -> Iterator[tuple[Location, str]]:
+    """Virtual tokens stand at positions of their own: what they and a sequence take together the model must have."""
+    config = {} if layout is None else layout.config
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    taken = stage.method.positions
+    if taken and isinstance(limit, int) and taken + stage.train.sequence_length > limit:
         yield (
-            ("method", "kind"),
-            f"what method {method.kind} trains cannot be merged into a plain model, so no stage can follow: make this "
-            "the last stage, or take a method that merges, such as lora, dora or spectrum",
+            ("train", "sequence_length"),
+            f"{stage.train.sequence_length} tokens and {taken} virtual ones are more than the {limit} positions of this "
+            f"model; the longest sequence here is {limit - taken}",
         )
 
 

@@ -21,6 +21,7 @@ class Vera(Adapter):
 
     kind: Literal["vera"]
     trained: ClassVar[str] = ".vera_lambda_"
+    rank_is_bounded: ClassVar[bool] = False  # the paper's are wider than the models they serve
 
     rank: Annotated[int, Field(gt=0)] = 256
     """Rank of the shared random matrices; it costs one trained number per layer and rank."""
