@@ -138,8 +138,14 @@ def run(
         summary = summarise(asked.plan())
         print_summary(summary)
     if summary.release is not None:
-        print(f"model:  {summary.release}")  # noqa: T201
+        print(f"model:  {_described(summary.release)}")  # noqa: T201
         print(f"chat:   trivium chat {spec.parent}")  # noqa: T201
+
+
+def _described(release: Path) -> str:
+    """The released model's folder; what a plain loader would get wrong is said beside it."""
+    plain = (release / "config.json").is_file()
+    return str(release) if plain else f"{release} (base + adapter: stages.serving.load reads it, see docs/adapters.md)"
 
 
 def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
@@ -169,7 +175,7 @@ def show(spec: SpecFile, *, root: Root = None) -> None:
 
     summary = summarise(Run(spec, root_of(spec, root)).plan())
     print_summary(summary)
-    print(f"model:  {summary.release or 'not released yet'}")  # noqa: T201
+    print(f"model:  {_described(summary.release) if summary.release else 'not released yet'}")  # noqa: T201
 
 
 @app.command
@@ -185,15 +191,16 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     """Talk to a finished model.
 
     Args:
-        folder: A project folder, a spec file or the folder of a model.
+        folder: A project folder, a spec file, or the folder of a model or of an artifact.
         prompt: Ask this and leave; without it, a conversation until an empty line.
         root: Folder of the artifacts; `artifacts` beside the spec by default.
         max_tokens: Longest answer.
     """
     from flows.engine import Run
+    from stages.artifact import MANIFEST
     from stages.chat import converse
 
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
         converse(folder, prompt, max_tokens)
         return
     spec = folder / "spec.yaml" if folder.is_dir() else folder
@@ -202,7 +209,23 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     last = Run(spec, root_of(spec, root)).plan().steps[-1]
     if last.artifact is None:
         raise InvalidInput(f"{spec}: no model is released yet; `trivium run {spec}` makes one")
-    converse(last.artifact.model, prompt, max_tokens)
+    converse(last.artifact.loadable, prompt, max_tokens)
+
+
+@app.command
+def adapters(artifacts: list[Path], *, prompts: Path | None = None, max_tokens: int = 200) -> None:
+    """Serve the adapters of several stages from the one model that they started from.
+
+    Without a file, a conversation: `/use NAME` lets another adapter answer, an empty line ends.
+
+    Args:
+        artifacts: Folders of published stages that started from the same model.
+        prompts: JSON lines with `prompt` and `adapter` (a stage's name, or `base`); answers are printed as such lines.
+        max_tokens: Longest answer.
+    """
+    from stages.chat import converse_with_adapters
+
+    converse_with_adapters(artifacts, prompts, max_tokens)
 
 
 @app.command

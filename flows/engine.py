@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flows import process
-from stages.artifact import MODEL, VERDICT, set_aside, write_json
+from stages.artifact import MODEL, VERDICT, read, set_aside, write_json
 from stages.check import check_base, check_inputs
 from stages.errors import GateRefused, InvalidInput
 from stages.gate import Verdict, judge
@@ -142,12 +142,17 @@ def run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     finally:
         process.dismiss()
     if run.until_stage is None:
-        point_to(outcomes[-1].step.place / MODEL, plan.store / MODEL)
+        released = read(outcomes[-1].step.place)
+        if released is not None:
+            point_to(released.loadable, plan.store / MODEL)
     return outcomes
 
 
 def point_to(model: Path, link: Path) -> None:
-    """Let ``link`` name the released model, so that its path stays the same from run to run."""
+    """Let ``link`` name the released model, so that its path stays the same from run to run.
+
+    Where the release is base + adapter, that is the folder of both: the base alone would load, and be another model.
+    """
     fresh = link.with_name(".model.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(model.relative_to(link.parent))

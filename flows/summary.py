@@ -79,7 +79,10 @@ def _trained(step: Step) -> str:
 
 def _error(step: Step) -> str:
     handed = _record(step).get("hand_over")
-    return f"{handed['max_logit_error']:.1e} (of {handed['tolerance']:.0e})" if handed else _ABSENT
+    if not handed:
+        return _ABSENT
+    beside = ", base + adapter" if handed.get("unmerged") else ""
+    return f"{handed['max_logit_error']:.1e} (of {handed['tolerance']:.0e}{beside})"
 
 
 def _start(step: Step) -> str:

@@ -52,7 +52,10 @@ def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "Pef
     from peft import PeftModel
 
     know_own_types()
-    return ready(PeftModel.from_pretrained(base, folder, adapter_name=name)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        found = PeftModel.from_pretrained(base, folder, adapter_name=name)
+    return ready(found).eval()
 
 
 def load_beside(model: "PeftModel", folder: Path, name: str) -> None:
