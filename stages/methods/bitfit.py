@@ -58,18 +58,20 @@ def _with_biases(model: "PreTrainedModel", switches: list[str]) -> "PreTrainedMo
     import copy
 
     import torch
+    from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model.config)
     for name in switches:
         setattr(config, name, True)
     with torch.device(model.device):
-        rebuilt = type(model)(config).to(model.dtype)
+        # Not .to(dtype): that would round the rope's frequencies too.
+        rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     missing = rebuilt.load_state_dict(model.state_dict(), strict=False).missing_keys
     with torch.no_grad():
         for name in missing:
             rebuilt.get_parameter(name).zero_()
     rebuilt.generation_config = model.generation_config
-    return rebuilt
+    return cast("PreTrainedModel", rebuilt)
 
 
 def _refusal(kind: str) -> str:

@@ -84,8 +84,7 @@ def _stretch(model: "PreTrainedModel", context_length: int | None) -> float:
     config.rope_parameters = dict(config.rope_parameters) | {"rope_type": "linear", "factor": factor}
     config.max_position_embeddings = context_length
     backbone = cast("Any", model).base_model
-    device = backbone.rotary_emb.inv_freq.device
-    backbone.rotary_emb = type(backbone.rotary_emb)(config=config, device=device)
+    backbone.rotary_emb = type(backbone.rotary_emb)(config).to(backbone.rotary_emb.inv_freq.device)
     return float(factor)
 
 
