@@ -218,6 +218,9 @@ def _bad_tag(trace: _Trace, error: ErrorDetails, name: str) -> str:
         return f"missing; allowed: {', '.join(tags)}"
     noun = trace.location[-1] if _is_model(trace.parent) else name
     found = error["input"][name]
+    if isinstance(found, str) and len(found) <= 60:
+        close = difflib.get_close_matches(found.lower(), tags, 3)
+        tags = [*close, *(tag for tag in tags if tag not in close)]  # among thirty names the near ones stand first
     return f"unknown {noun} {shown(found)}{_allowed(found, tags)}"
 
 
