@@ -33,5 +33,7 @@ def label(value: object) -> str:
     if not isinstance(value, MethodSpec):
         return str(value)
     usual = method_of(value.kind)
-    fields = [str(getattr(value, name)) for name in type(value).model_fields if getattr(value, name) != getattr(usual, name)]
+    fields = [
+        str(getattr(value, name)) for name in type(value).model_fields if getattr(value, name) != getattr(usual, name)
+    ]
     return "-".join([value.kind, *fields])
