@@ -34,6 +34,10 @@ _UNKNOWN_ORDER = frozenset({"codegen"})
 """Model types whose fused rows are ordered in a way of their own; they are scored whole."""
 
 
+Key = tuple[int, str, int | None]
+"""Layer, module type, expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Some rows or columns of a matrix: ``start`` to ``stop`` of each of the equal ``groups`` of its ``axis``."""
@@ -78,7 +82,7 @@ class Matrix:
     part: Part | None = None
 
     @property
-    def key(self) -> tuple[int, str, int | None]:
+    def key(self) -> Key:
         """What names it in a checkpoint and in memory alike, though the two may spell it differently."""
         return self.layer, self.type, self.expert
 
@@ -201,26 +205,47 @@ def matrices(weights: Iterable[tuple[str, tuple[int, ...]]], config: Mapping[str
     return tuple(sorted(found, key=lambda matrix: (matrix.layer, first[matrix.type], matrix.expert or 0)))
 
 
+def identify(module: str) -> Key | None:
+    """Layer, type and expert that a module's name means, however old or new the spelling; None outside the layers."""
+    position = _LAYER.search(module)
+    if position is None:
+        return None
+    layer, rest = int(position[1]), module[position.end() :]
+    expert = _EXPERT.search(rest)
+    if expert is not None:
+        return layer, f"experts.{_EXPERT_TYPES.get(expert[2], expert[2])}", int(expert[1])
+    # As transformers 5 renames them in memory.
+    return layer, rest.replace("block_sparse_moe.", "mlp.").replace("router.layer", "router"), None
+
+
+def spellings(matrix: Matrix) -> frozenset[str]:
+    """The module names of a matrix, today's and those of older transformers (experts had modules of their own)."""
+    found = {matrix.module}
+    stem = re.match(r"(.*\.)(?:mlp|block_sparse_moe)\.experts\.", matrix.module)
+    if stem is not None and matrix.expert is not None:
+        label = matrix.type.rsplit(".", 1)[-1]
+        old = [name for name, what in _EXPERT_TYPES.items() if what == label]
+        found |= {
+            f"{stem[1]}{block}.experts.{matrix.expert}.{name}" for block in ("mlp", "block_sparse_moe") for name in old
+        }
+    return frozenset(found)
+
+
 def split(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Matrix]:
     """The matrices in one tensor: none outside the layers or for vectors, several in a fused one."""
     module = name.removesuffix(".weight")
-    position = _LAYER.search(module)
-    if position is None:
+    key = identify(module)
+    if key is None:
         return []
-    layer, rest = int(position[1]), module[position.end() :]
-    if len(shape) == 3 and _BANK.search(rest):
+    layer, kind, expert = key
+    if len(shape) == 3 and _BANK.search(module):
         return _bank(name, module, layer, (shape[0], shape[1], shape[2]), config)
     if len(shape) != 2 or not name.endswith(".weight") or min(shape) < 2:
         return []  # a vector, or a row: one singular value has no spectrum
     rows, columns = shape
-    expert = _EXPERT.search(rest)
-    if expert is not None:
-        kind = f"experts.{_EXPERT_TYPES.get(expert[2], expert[2])}"
-        return [Matrix(name, module, kind, layer, int(expert[1]), (rows, columns))]
-    kind = rest.replace("block_sparse_moe.", "mlp.").replace("router.layer", "router")  # as transformers 5 renames them
-    parts = _parts(rest.rsplit(".", 1)[-1], (rows, columns), config)
+    parts = [] if expert is not None else _parts(kind.rsplit(".", 1)[-1], (rows, columns), config)
     if not parts:
-        return [Matrix(name, module, kind, layer, None, (rows, columns))]
+        return [Matrix(name, module, kind, layer, expert, (rows, columns))]
     return [
         Matrix(name, f"{module}.{p.label}", f"{kind}.{p.label}", layer, None, _shape((rows, columns), p), part=p)
         for p in parts

@@ -35,17 +35,21 @@ from stages.methods.prefix_tuning import PrefixTuning
 from stages.methods.prompt_tuning import PromptTuning
 from stages.methods.qa_lora import QaLora
 from stages.methods.qlora import Qlora
+from stages.methods.random_subset import RandomSubset
 from stages.methods.rslora import RsLora
 from stages.methods.spectrum import Spectrum
 from stages.methods.svf import Svf
 from stages.methods.svft import Svft
 from stages.methods.tied_lora import TiedLora
+from stages.methods.top_layers import TopLayers
 from stages.methods.vera import Vera
 
 Method = Annotated[
     # Whole weights
     Full
     | Spectrum
+    | RandomSubset
+    | TopLayers
     | Bitfit
     # Low rank
     | Lora

@@ -136,35 +136,32 @@ def read_patterns(file: Path) -> list[str]:
     return patterns
 
 
-def matching(patterns: Sequence[str], names: Mapping[str, str], file: Path) -> list[str]:
-    """Which parameters a list of patterns means.
+def matching(patterns: Sequence[str], names: Mapping[str, frozenset[str]], file: Path) -> set[str]:
+    """What a list of patterns means.
 
-    A pattern must match a whole module name, or a whole parameter name: ``mlp.gate`` never means ``mlp.gate_proj``.
+    A pattern must match a whole name: ``mlp.gate`` never means ``mlp.gate_proj``.
 
     Args:
         patterns: regular expressions.
-        names: every name that a pattern may match -> what it names; several names may name one thing.
+        names: every name that a pattern may match -> what it means.
         file: where they came from, for the message.
-
-    Returns:
-        What was named, in the order of ``names``, each once.
 
     Raises:
         InvalidInput: a pattern matches nothing.
     """
     from difflib import get_close_matches
 
-    chosen = set()
+    chosen: set[str] = set()
     for pattern in patterns:
-        matched = {target for name, target in names.items() if re.fullmatch(pattern, name)}
+        matched = [meant for name, meant in names.items() if re.fullmatch(pattern, name)]
         if not matched:
             near = get_close_matches(pattern.strip("^$"), names, n=1, cutoff=0.3)
             raise InvalidInput(
                 f"{file}: {pattern!r} matches no parameter of this model as a whole"
                 + (f"; the nearest is {near[0]}" if near else "")
             )
-        chosen |= matched
-    return [target for target in dict.fromkeys(names.values()) if target in chosen]
+        chosen |= frozenset().union(*matched)
+    return chosen
 
 
 def _flat(document: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from stages.errors import InvalidInput
 from stages.layout import Matrix
 
 T = TypeVar("T")
@@ -29,15 +28,3 @@ def top(matrices: Sequence[Matrix], score: Callable[[Matrix], float], percent: f
     for own in by_type(matrices, lambda matrix: matrix).values():
         chosen += sorted(own, key=score, reverse=True)[: share(len(own), percent)]
     return chosen
-
-
-def check_selection(chosen: int, of: int, what: str) -> None:
-    """Refuse a selection that selects nothing or everything: neither is what a selection is for.
-
-    Raises:
-        InvalidInput: it is empty, or it is total.
-    """
-    if chosen == 0:
-        raise InvalidInput(f"{what} selects no weight matrix of this model: nothing would train")
-    if chosen == of:
-        raise InvalidInput(f"{what} selects all {of} weight matrices of this model; use method full, or select fewer")
