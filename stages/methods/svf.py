@@ -1,6 +1,6 @@
 """SVF: singular value fine-tuning (Sun et al., arXiv 2206.06122; on language models Sun et al., arXiv 2501.06252)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.methods.update import Update
 
@@ -13,3 +13,4 @@ class Svf(Update):
     """
 
     kind: Literal["svf"]
+    decomposes: ClassVar[bool] = True

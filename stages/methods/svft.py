@@ -1,6 +1,6 @@
 """SVFT: sparse updates between a weight's own singular vectors (Lingam et al., arXiv 2405.19597)."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ class Svft(Update):
     """
 
     kind: Literal["svft"]
+    decomposes: ClassVar[bool] = True
     pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
     """Which entries of M train: the diagonal; a band around it; as many at random, without replacement; or as many
     where left and right singular vectors overlap most."""

@@ -15,10 +15,21 @@ class Update(Adapter):
     """Frozen linear layers with a trained update beside each, zero at the start."""
 
     trained: ClassVar[str] = ".trivium_update."
+    decomposes: ClassVar[bool] = False
+    """Whether all singular vectors of each target are computed and held."""
 
     def options(self) -> dict[str, Any]:
         """The method's fields in the tuner's terms; see `stages.tuner.UpdateConfig`."""
         return {}
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """Say what the decomposition costs."""
+        if not self.decomposes:
+            return []
+        return [
+            f"{self.kind} decomposes every target matrix when the stage starts or resumes, and holds the singular "
+            "vectors in float32: once to twice the memory of the targets' own float32 weights"
+        ]
 
     def adapter_config(self, model: "PreTrainedModel", start: Start) -> "PeftConfig":
         """The settings in PEFT's terms."""
