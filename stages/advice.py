@@ -129,7 +129,7 @@ def alpha_far_from_twice_the_rank(stage: ObjectiveSpec, context: Context) -> str
         return None
     return (
         f"alpha {alpha:g} is {alpha / rank:.2g} times the {field} of {rank}; twice the rank, {2 * rank}, is the "
-        "default and does best at most ranks: remove alpha, or use method rslora if the rank is to vary"
+        "default and what that paper advises: remove alpha, or use method rslora if the rank is to vary"
     )
 
 
