@@ -123,6 +123,28 @@ def count_stages(pipeline: Pipeline, folder: Path, base: Path, wanted: Collectio
     return {name: count for name, count in counts.items() if name in wanted}
 
 
+def refuse_later_stages(pipeline: Pipeline, folder: Path, stage: str, start: Path) -> None:
+    """Hold the methods of all stages after ``stage`` against the model that it starts from, before it trains.
+
+    Some refusals need the model's modules, which `validate` does not see: a chain must not learn of them half-way.
+
+    Args:
+        pipeline: the spec.
+        folder: what paths in the spec start from.
+        stage: the name of the stage that is about to train.
+        start: the checkpoint that it starts from; only its config is read.
+
+    Raises:
+        InvalidInput: a later stage's method cannot serve this model.
+    """
+    names = [one.name for one in pipeline.stages]
+    number = names.index(stage)
+    rest = pipeline.model_copy(update={"stages": pipeline.stages[number:]})
+    for name, count in count_stages(rest, folder, start, names[number + 1 :]).items():
+        if count.refused:
+            raise InvalidInput(f"stage {name}: {count.reason}")
+
+
 def count_method(method: MethodSpec, model: "PreTrainedModel", start: Start) -> tuple[Count, dict[str, Any]]:
     """What ``method`` trains of a model on the meta device, and the settings of the model's config afterwards."""
     parameters = sum(parameter.numel() for parameter in model.parameters())

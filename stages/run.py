@@ -23,6 +23,7 @@ from stages import probe
 from stages.adapter import save_adapter
 from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified, write_json
 from stages.base import prepare_base
+from stages.count import refuse_later_stages
 from stages.data import mixed
 from stages.errors import InvalidInput, StageFailed, TriviumError
 from stages.job import STAGE, Job, read_job
@@ -81,6 +82,7 @@ def _make_stage(
     stage = _stage(job)
     parent = _start(job)
     with phase("load", durations):
+        refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
         tokenizer = load_tokenizer(parent.model)
         rows = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
         dataset, masks = stage.dataset(rows, tokenizer)

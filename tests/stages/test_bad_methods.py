@@ -1,6 +1,7 @@
 """Methods that cannot do what a spec asks of them: one clear error at its line, before anything trains."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,20 @@ def test_an_embedding_is_refused_before_the_base_is_there(project):
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
     return {name: architectures.write_architecture(name, folder / name) for name in architectures.NAMES}
+
+
+@pytest.mark.model
+def test_a_chain_does_not_learn_half_way_what_a_method_refuses(tmp_path, run_spec):
+    """QA-LoRA's rank is bounded by the groups of a layer's inputs, which only the model itself shows."""
+    from tiny import write_project
+
+    start, _, stages = SPEC.replace("{kind: qlora, rank: 4}", "{kind: qa_lora, rank: 4}").partition("metrics:")
+    stages = re.sub(r"    gates: .*\n", "", stages[stages.index("stages:") :])  # unmeasured: half of the time
+    spec = write_project(tmp_path / "project", start + stages)
+    check_spec(*load_pipeline(spec))
+    with pytest.raises(InvalidInput, match=r"^stage manner: rank 4 is larger than the 1 groups"):
+        run_spec(spec, until="knowledge")
+    assert [path.name[:7] for path in spec.parent.glob("runs/tiny/0*")] == ["00-base"]
 
 
 @pytest.mark.model
