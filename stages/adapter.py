@@ -55,7 +55,7 @@ def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "Pef
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         found = PeftModel.from_pretrained(base, folder, adapter_name=name)
-    return ready(found).eval()
+    return ready(found).requires_grad_(False).eval()  # PEFT leaves virtual tokens trainable
 
 
 def load_beside(model: "PeftModel", folder: Path, name: str) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BASE = "base"
 """The name under which the start model itself answers."""
 _METHOD: TypeAdapter[MethodSpec] = TypeAdapter(Method)
+_MIXABLE = ("LORA", "GLORA")
+"""PEFT's kinds of adapters whose mixed batches equal one row at a time; VeRA's run, and are off by 1e-2 in logits."""
 _PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
@@ -99,7 +101,7 @@ class Kept:
             return "DoRA rescales the base's own output, for all rows of a batch alike"
         if self.settings.get("modules_to_save"):
             return "it replaces whole modules of the base"
-        return None if self.type == "LORA" else f"PEFT applies {self.type} adapters to all rows of a batch alike"
+        return None if self.type in _MIXABLE else f"PEFT does not keep {self.type} adapters apart within a batch"
 
 
 class AdapterSet:
@@ -246,7 +248,13 @@ def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> A
     set_stop_tokens(base, tokenizer)
     model = attach(base, first.artifact.path / ADAPTER, first.name)
     for other in kept[1:]:
-        load_beside(model, other.artifact.path / ADAPTER, other.name)
+        try:
+            load_beside(model, other.artifact.path / ADAPTER, other.name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InvalidInput(
+                f"PEFT cannot hold {other.name} beside {first.name}; serve them apart: {reason}"
+            ) from error
     served = AdapterSet(model.eval(), tokenizer, kept)
     for one in kept:
         _check_served(served, one)
