@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from stages.errors import InvalidInput, TriviumError, TryAgain
 
@@ -184,6 +184,31 @@ def schema() -> None:
     from stages.pipeline import schema_text
 
     print(schema_text(), end="")  # noqa: T201
+
+
+@app.command
+def scan(
+    model: Path,
+    *,
+    output: Path | None = None,
+    top_percent: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=100))] = 25.0,
+    score: Literal["reference", "marchenko_pastur"] = "reference",
+    embeddings: bool = False,
+) -> None:
+    """Score every weight matrix of a model by signal-to-noise ratio, as method spectrum does; no GPU, little memory.
+
+    Args:
+        model: Folder of a checkpoint with safetensors files.
+        output: Where the table, lists for other trainers and a plot go; `spectrum/<model>` by default. A second scan
+            into the same folder goes on from what is there.
+        top_percent: Share of the matrices of each module type to select.
+        score: What ranks: the published code's score, or one with the noise edge that theory gives.
+        embeddings: Put the output head and the input embedding on the list to unfreeze, as the published code does.
+    """
+    from flows.scan import scan_model
+
+    name = model.resolve().name
+    scan_model(model, name, Path("spectrum") / name if output is None else output, top_percent, score, embeddings)
 
 
 @app.command

@@ -21,25 +21,25 @@ def draw_loss(curve: list[dict[str, Any]], file: Path) -> None:
 
 
 def draw_spectrum(table: list[dict[str, Any]], file: Path) -> None:
-    """Which matrices Spectrum trains: module types over layers, colour by rank within the type."""
-    import re
+    """Which matrices Spectrum trains: module types over layers, colour by rank within the type.
 
+    Args:
+        table: a row for each matrix with ``type``, ``layer``, ``rank`` (1 is best) and ``selected``; of the experts
+            of a layer the best one shows.
+        file: the PNG to write.
+    """
     kinds = list(dict.fromkeys(row["type"] for row in table))
-    layers = 1 + max(int(re.findall(r"\.(\d+)\.", row["module"])[0]) for row in table)
-    ranks = [[float("nan")] * layers for _ in kinds]
-    chosen: list[tuple[int, int]] = []
-    for kind_number, kind in enumerate(kinds):
-        own = sorted((row for row in table if row["type"] == kind), key=lambda row: row["snr"])
-        for rank, row in enumerate(own):
-            layer = int(re.findall(r"\.(\d+)\.", row["module"])[0])
-            ranks[kind_number][layer] = (rank + 1) / len(own)
-            if row["selected"]:
-                chosen.append((layer, kind_number))
+    sizes = {kind: sum(row["type"] == kind for row in table) for kind in kinds}
+    layers = 1 + max(row["layer"] for row in table)
+    shades = [[float("nan")] * layers for _ in kinds]
+    for row in sorted(table, key=lambda row: -row["rank"]):
+        shades[kinds.index(row["type"])][row["layer"]] = 1 - (row["rank"] - 1) / sizes[row["type"]]
+    chosen = sorted({(row["layer"], kinds.index(row["type"])) for row in table if row["selected"]})
     figure, axes = _figure(height=0.8 + 0.32 * len(kinds))
-    axes.imshow(ranks, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    axes.scatter(*zip(*chosen, strict=True), s=14, color="#d1495b", label="trained")
+    axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes.scatter([layer for layer, _ in chosen], [kind for _, kind in chosen], s=14, color="#d1495b")
     axes.set(xlabel="layer", yticks=range(len(kinds)), yticklabels=kinds)
-    axes.set_title("signal-to-noise rank within each module type (dark is high), red: trained", fontsize=8)
+    axes.set_title("rank by score within each module type (dark is high), red: selected", fontsize=8)
     figure.savefig(file)
 
 

@@ -66,11 +66,12 @@ class Spectrum(MethodSpec):
             chosen, also = self._listed(model, own, start)
             return Prepared(model, train_matrices(model, chosen, also), {"unfrozen": [*also, *_modules(chosen)]})
         table = self._table(model, own, start)
-        chosen = self._best(own, table)
+        places, chosen = self._best(own, table)
         also = embeddings(model) if self.embeddings else []
         selected = {matrix.key for matrix in chosen}
-        rows = [row | {"selected": key in selected} for key, row in table.items()]
-        return Prepared(model, train_matrices(model, chosen, also), {"spectrum": rows, "also": also})
+        rows = [row | {"rank": places[key], "selected": key in selected} for key, row in table.items()]
+        record: dict[str, object] = {"spectrum": rows, "score": self.score, "also": also}
+        return Prepared(model, train_matrices(model, chosen, also), record)
 
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Put parts of fused projections back; whole matrices are the model's own."""
@@ -100,13 +101,16 @@ class Spectrum(MethodSpec):
             )
         return found
 
-    def _best(self, own: tuple[Matrix, ...], table: Table) -> list[Matrix]:
-        from stages.scan.select import top
+    def _best(self, own: tuple[Matrix, ...], table: Table) -> tuple[dict[Key, int], list[Matrix]]:
+        """Each matrix's place within its type, and the matrices whose place is high enough."""
+        from stages.scan.select import ranks, top
 
         column = "snr" if self.score == "reference" else "snr_mp"
         # In the table's order: equal scores rank as they came, as they do in the reference.
         by_key = {matrix.key: matrix for matrix in own}
-        return top([by_key[key] for key in table], lambda matrix: float(table[matrix.key][column]), self.top_percent)
+        matrices = [by_key[key] for key in table]
+        places = ranks(matrices, lambda matrix: float(table[matrix.key][column]))
+        return places, top(matrices, places, self.top_percent)
 
     def _listed(
         self, model: "PreTrainedModel", own: tuple[Matrix, ...], start: Start

@@ -1,10 +1,10 @@
 """The top share of each module type. Needs neither numpy nor a checkpoint."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from stages.layout import Matrix
+from stages.layout import Key, Matrix
 
 T = TypeVar("T")
 
@@ -22,9 +22,17 @@ def by_type(items: Iterable[T], matrix: Callable[[T], Matrix]) -> dict[str, list
     return dict(sorted(found.items()))
 
 
-def top(matrices: Sequence[Matrix], score: Callable[[Matrix], float], percent: float) -> list[Matrix]:
-    """The matrices with the highest scores of each module type, best first; ties in the order given."""
-    chosen: list[Matrix] = []
+def ranks(matrices: Sequence[Matrix], score: Callable[[Matrix], float]) -> dict[Key, int]:
+    """The place of each matrix within its module type, 1 for the highest score; ties in the order given."""
+    found: dict[Key, int] = {}
     for own in by_type(matrices, lambda matrix: matrix).values():
-        chosen += sorted(own, key=score, reverse=True)[: share(len(own), percent)]
-    return chosen
+        ranked = sorted(own, key=score, reverse=True)
+        found |= {matrix.key: place for place, matrix in enumerate(ranked, 1)}
+    return found
+
+
+def top(matrices: Sequence[Matrix], places: Mapping[Key, int], percent: float) -> list[Matrix]:
+    """The matrices whose place is within the share of their module type."""
+    types = by_type(matrices, lambda matrix: matrix)
+    allowed = {kind: share(len(own), percent) for kind, own in types.items()}
+    return [matrix for matrix in matrices if places[matrix.key] <= allowed[matrix.type]]
