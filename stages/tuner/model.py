@@ -2,12 +2,15 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from stages.errors import InvalidInput
 from stages.tuner.config import UpdateConfig
 from stages.tuner.layer import UpdatedLinear
 from stages.tuner.registration import PREFIX
@@ -54,6 +57,15 @@ class UpdateModel(BaseTuner):  # type: ignore[misc]
         # way from the meta device even into parameters of their own.
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         _tie(self.model, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this hook PEFT drops the argument and answers every row with the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise InvalidInput(
+                "these adapters cannot share a batch; ask one adapter at a time (set_adapter): that is exact"
+            )
+        yield
 
     @classmethod
     def _get_adapter_state_dict(
