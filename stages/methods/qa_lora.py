@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from stages.errors import InvalidInput
 from stages.methods.base import Prepared, Reference, Start
 from stages.methods.lora import LowRank
+from stages.methods.qlora import as_linear, float_experts, unquantisable
 from stages.methods.targets import adapter_targets, check_rank, ends_with, linear_modules
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class QaLora(LowRank):
             raise ValueError("group_size must be even: two 4-bit numbers share a byte")
         return size
 
+    def unsupported(self, config: dict[str, Any]) -> str | None:
+        """Why a model has no layer to quantise; None where it has."""
+        return unquantisable(self.kind, config)
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """Say so where most of a model cannot be quantised."""
+        return float_experts(self.kind, config)
+
     def load(self, start: "Path", dtype: "torch.dtype", compute: "torch.dtype") -> "PreTrainedModel":
         """The start model in float32 on the CPU: what the training device gets is quantised already."""
         import torch
@@ -53,14 +62,17 @@ class QaLora(LowRank):
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Quantise every linear layer but the output head, and add adapters to the targets; only they train."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
         from stages.methods.grouped import GroupedLinear
-        from stages.methods.qlora import as_linear
         from stages.model import training_device
 
         targets = adapter_targets(model, self.target_modules)
         check_rank(model, targets, self.rank)
         model.requires_grad_(False)
-        layers = list(linear_modules(model))
+        # Subclasses multiply in ways of their own: routers, for one.
+        layers = [(name, layer) for name, layer in linear_modules(model) if type(layer) in (torch.nn.Linear, Conv1D)]
         for name, layer in layers:
             grouped = GroupedLinear(as_linear(layer).float(), layer.bias, self.group_size)
             if ends_with(name, targets):
@@ -70,6 +82,8 @@ class QaLora(LowRank):
         if not next(model.parameters()).is_meta:
             cast("Any", model).to(training_device())
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        if not trainable:
+            raise InvalidInput(f"target_modules: none of {', '.join(targets)} is a plain linear layer; use method lora")
         held = sum(layer.in_features * layer.out_features for layer in model.modules() if is_grouped(layer))
         rest = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         share = {"layers": len(layers), "quantized_parameters": held, "float_parameters": rest}
@@ -87,7 +101,6 @@ class QaLora(LowRank):
         """The start model with every quantised weight as it was trained: dequantised, with the moved zero-points."""
         import torch
 
-        from stages.methods.qlora import as_linear
         from stages.model import load_plain
 
         plain = load_plain(start.model, torch.float32)

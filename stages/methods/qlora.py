@@ -48,6 +48,14 @@ class Quantised(LowRank):
             raise ValueError("double_quantization has no effect on int8: remove it, or use nf4 or fp4")
         return self
 
+    def unsupported(self, config: dict[str, Any]) -> str | None:
+        """Why a model has no layer to quantise; None where it has."""
+        return unquantisable(self.kind, config)
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """Say so where most of a model cannot be quantised."""
+        return float_experts(self.kind, config)
+
     def quantization_config(self, compute: "torch.dtype") -> "BitsAndBytesConfig":
         """The settings in transformers' terms; 4-bit weights are multiplied in ``compute``."""
         from transformers import BitsAndBytesConfig
@@ -185,6 +193,33 @@ class Qlora(Quantised):
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """The start model with the adapters folded in, over its own weights or the dequantised ones."""
         return fold(cast("PeftModel", model), start.model, original=self.merge_into == "original")
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Settings in which configs say how many experts a mixture has."""
+_OWN_LINEAR = ("falcon",)
+"""Model types whose linear layers are a class of their own, which neither bitsandbytes nor we know to replace."""
+
+
+def unquantisable(kind: str, config: dict[str, Any]) -> str | None:
+    """Why no layer of a model with this config.json can be quantised; None where some can."""
+    if config.get("model_type") not in _OWN_LINEAR:
+        return None
+    return (
+        f"method {kind} cannot quantise a {config['model_type']} model: its linear layers are a class of their own; "
+        "use method lora or dora"
+    )
+
+
+def float_experts(kind: str, config: dict[str, Any]) -> list[str]:
+    """What the plan says of a mixture of experts: these stay in float32, and are most of such a model."""
+    count = next((config[name] for name in _EXPERTS if config.get(name)), None)
+    if count is None:
+        return []
+    return [
+        f"{kind} leaves the {count} experts of each layer in float32: they are one three-dimensional parameter, which "
+        "no quantised layer holds; little memory is saved"
+    ]
 
 
 _FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
