@@ -90,6 +90,11 @@ class Kept:
     """The adapter's, as PEFT wrote them."""
 
     @property
+    def inside(self) -> str:
+        """What PEFT calls it: never a part of its own prefixes or of a module's name, which it would confuse."""
+        return f"stage-{self.name}"
+
+    @property
     def type(self) -> str:
         """PEFT's name of the adapter's kind."""
         return str(self.settings.get("peft_type"))
@@ -138,7 +143,7 @@ class AdapterSet:
         self._known([name])
         self._active = name
         if name != BASE:
-            self.model.set_adapter(name)
+            self.model.set_adapter(self.kept[name].inside)
 
     def logits(self, ids: "torch.Tensor", adapters: Sequence[str] | None = None) -> "torch.Tensor":
         """The logits of token ids (rows, length), unpadded, each row by its adapter: (rows, length, vocabulary).
@@ -197,7 +202,8 @@ class AdapterSet:
         before = self._active
         with torch.no_grad():
             if len(set(names)) > 1:
-                return call(**inputs, adapter_names=["__base__" if name == BASE else name for name in names])
+                own = ["__base__" if name == BASE else self.kept[name].inside for name in names]
+                return call(**inputs, adapter_names=own)
             self.switch(names[0])
             try:
                 if names[0] != BASE:
@@ -246,10 +252,10 @@ def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> A
     tokenizer = load_tokenizer(first.artifact.model)
     base = first.method.load_beneath(first.start.model)
     set_stop_tokens(base, tokenizer)
-    model = attach(base, first.artifact.path / ADAPTER, first.name)
+    model = attach(base, first.artifact.path / ADAPTER, first.inside)
     for other in kept[1:]:
         try:
-            load_beside(model, other.artifact.path / ADAPTER, other.name)
+            load_beside(model, other.artifact.path / ADAPTER, other.inside)
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InvalidInput(
