@@ -72,7 +72,7 @@ def hand_over(
     reloaded = load_plain(folder / MODEL, torch.float32)
     found = probe.plain_logits(reloaded, ids, dtype)
     error, allowed = probe.distance(found, expected, method.merge_tolerance)
-    problems = _differences(reloaded, expected_keys, expected_config, start.model, method.config_changes)
+    problems = _differences(reloaded, expected_keys, expected_config, start.model, method)
     if not error <= allowed:
         problems.append(f"logits differ by {error:.2g}, allowed {allowed:.2g}")
     if problems:
@@ -139,16 +139,24 @@ def keep_adapter(
 
 
 def _differences(
-    reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path, allowed: frozenset[str]
+    reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path, method: MethodSpec
 ) -> list[str]:
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     problems = []
-    if set(reloaded.state_dict()) != keys:
-        problems.append(f"other weights than written: {sorted(set(reloaded.state_dict()) ^ keys)[:3]}")
+    found = set(reloaded.state_dict())
+    if found != keys:
+        problems.append(f"other weights than written: {sorted(found ^ keys)[:3]}")
     start_config = AutoConfig.from_pretrained(start, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        before = set(AutoModelForCausalLM.from_config(start_config, trust_remote_code=False).state_dict())
+    strangers = sorted(name for name in found ^ before if not name.endswith(method.new_weights))
+    if strangers:
+        problems.append(f"other weights than the start has: {strangers[:3]}")
     original = _settings(start_config)
-    changed = {key for key in config if key in original and original[key] != config[key]} - _CONFIG_MAY_DIFFER - allowed
+    changed = {key for key in config if key in original and original[key] != config[key]}
+    changed -= _CONFIG_MAY_DIFFER | method.config_changes
     if changed:
         problems.append(f"the config changed in {', '.join(sorted(changed))}")
     if broken := _not_finite(reloaded):

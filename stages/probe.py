@@ -37,7 +37,7 @@ def comparison_dtype(model: Any) -> "torch.dtype":
     import psutil
     import torch
 
-    needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+    needed = 8 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     return torch.float64 if needed < psutil.virtual_memory().available / 2 else torch.float32
 
 

@@ -28,6 +28,7 @@ VARIANTS = [
     method_of("lora", target_modules=("up_proj",)),
     method_of("longlora", context_length=1024),
     method_of("glora", bias_terms="vector"),
+    method_of("pissa", svd_iterations=4),
 ]
 EXAMPLES = [method_of("full"), method_of("lora"), method_of("qlora")]
 """Methods that stand for all where only the hand-over is tested."""
