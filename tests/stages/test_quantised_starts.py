@@ -62,6 +62,13 @@ def test_in_the_weighed_norm_no_start_beats_lq_loras(kind, rank):
         assert float(gradient_of.grad.abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (16, 8)])
+def test_a_weight_that_quantises_without_an_error_starts_finite_at_itself(shape):
+    b, a = loftq.best_factors(torch.zeros(shape), 4, None)
+    assert (b.shape, a.shape) == ((shape[0], 4), (4, shape[1]))
+    assert bool((b @ a == 0).all())
+
+
 @pytest.mark.parametrize("method", STARTED, ids=label)
 def test_the_start_does_not_depend_on_alpha(method, wide):
     """Where alpha / rank is left out of the start, as in PEFT, its gain is gone at alpha = 2 rank."""
