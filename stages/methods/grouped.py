@@ -17,7 +17,7 @@ class GroupedLinear(nn.Module):
     """y = W x + b + scale B A pool(x), with W = s (q - z) by groups of inputs and pool the sum over each group.
 
     Pooled inputs make the update constant over a group, so that it is a shift of the zero-points (QA-LoRA,
-    arXiv 2309.14717, section 3.3 and appendix B): `merged` takes it up and stays on a 4-bit grid.
+    arXiv 2309.14717, section 3.3): `merged` takes it up and stays on a 4-bit grid.
     """
 
     codes: torch.Tensor

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from methods_table import label
-from quantised import METHODS, distance, prepared
+from quantised import METHODS, STARTED, distance, logits, prepared
 from tiny import sentences, write_project
 from transformers import TrainerCallback
 
 from stages.dpo import Dpo
+from stages.errors import TryAgain
 from stages.ift import Ift
 from stages.methods.base import MethodSpec
 from stages.model import load_tokenizer
@@ -132,6 +133,39 @@ def test_activations_can_be_recomputed(method, base_model, tmp_path):
     model = prepared(method, base_model)
     record = fit(stage, model, tokenizer, dataset, seed=1, folder=tmp_path, preemption=None)
     assert record["curve"][0]["grad_norm"] > 1e-3
+
+
+class AskedAt:
+    """A preemption that asks at one step."""
+
+    def __init__(self, step: int) -> None:
+        self.training = False
+        self._left = step
+
+    @property
+    def asked(self) -> bool:
+        """Read once after each step."""
+        self._left -= 1
+        return self._left <= 0
+
+
+@pytest.mark.parametrize("method", [STARTED[0], METHODS[-1]], ids=label)
+def test_dpo_that_was_stopped_resumes_with_the_same_reference_and_ends_with_the_same_bits(method, base_model, tmp_path):
+    stage, tokenizer = stage_of(method, Dpo, max_steps=4), load_tokenizer(base_model)
+    dataset, _ = stage.dataset(PAIRS, tokenizer)
+
+    def run(name, preemption=None):
+        model = prepared(method, base_model)
+        record = fit(stage, model, tokenizer, dataset, seed=1, folder=tmp_path / name, preemption=preemption)
+        return logits(model.model), record
+
+    whole, wanted = run("whole")
+    with pytest.raises(TryAgain, match="step 2 of 4"):
+        run("stopped", AskedAt(2))
+    resumed, found = run("stopped")
+    assert found["resumed_at"] == 2
+    assert torch.equal(whole, resumed)
+    assert found["curve"] == wanted["curve"]
 
 
 # Through the flow
