@@ -97,8 +97,8 @@ def _position_problems(stage: ObjectiveSpec, layout: Layout | None) -> Iterator[
     if taken and isinstance(limit, int) and taken + stage.train.sequence_length > limit:
         yield (
             ("train", "sequence_length"),
-            f"{stage.train.sequence_length} tokens and {taken} virtual ones are more than the {limit} positions of this "
-            f"model; the longest sequence here is {limit - taken}",
+            f"{stage.train.sequence_length} tokens and {taken} virtual ones are more than this model has positions "
+            f"({limit}); the longest sequence here is {limit - taken}",
         )
 
 
