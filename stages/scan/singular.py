@@ -82,7 +82,7 @@ def _banded(gram: Matrix) -> Vector:
     for start in range(0, size - BAND - 1, BAND):
         _clear_below_band(gram, start)
     band = np.zeros((BAND + 1, size), order="F")
-    for below in range(BAND + 1):
+    for below in range(min(BAND + 1, size)):
         band[below, : size - below] = np.diagonal(gram, -below)
     values, _, info = lapack.dsbevd(band, compute_v=0, lower=1, overwrite_ab=1)
     return _checked(values, info)
