@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from specs.pipeline import BASE
 from stages import probe
-from stages.adapter import save_adapter
 from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified, write_json
 from stages.base import prepare_base
 from stages.count import refuse_later_stages
@@ -139,8 +138,7 @@ def _hand_over(
 ) -> tuple["torch.nn.Module", dict[str, Any]]:
     if not stage.method.mergeable:
         return keep_adapter(stage.method, prepared.model, start, output)
-    if hasattr(prepared.model, "peft_config"):
-        save_adapter(prepared.model, output / ADAPTER)
+    stage.method.keep(prepared.model, output / ADAPTER)
     return hand_over(stage.method, prepared.model, tokenizer, start, output)
 
 

@@ -288,7 +288,7 @@ def _kept(folder: Path) -> Kept:
             f"{folder}: the artifact that it started from ({short(inputs['parent'])}) is not in "
             f"{artifact.path.parent}; run `trivium run` on the spec"
         )
-    if method.reference == "adapter_copy" or method.config_changes:
+    if not method.kept_for_start or method.config_changes:
         raise InvalidInput(
             f"{folder}: method {kind} changed the model beneath its adapter, which no other could share; serve the "
             f"merged model in {artifact.model}"

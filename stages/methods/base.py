@@ -77,6 +77,8 @@ class MethodSpec(Spec):
     """The widest precision in which the trained model can compute; 4-bit kernels end at float32."""
     merge_tolerance: ClassVar[float] = 1e-4
     """Largest difference in logits between the trained model and its merge."""
+    kept_for_start: ClassVar[bool] = True
+    """Whether the adapter that `keep` writes belongs on the start model, as others of the same start do."""
     config_changes: ClassVar[frozenset[str]] = frozenset()
     """Settings of the model's config that the method may change, on purpose."""
     new_weights: ClassVar[tuple[str, ...]] = ()
@@ -142,6 +144,13 @@ class MethodSpec(Spec):
 
     def attach(self, trainer: "Trainer") -> None:
         """What the method adds to the trainer before its first step: an optimizer of its own, a loss term."""
+
+    def keep(self, model: "torch.nn.Module", folder: Path) -> None:
+        """Write the adapter that was trained, if there is one, so that it belongs on the start model."""
+        from stages.adapter import save_adapter
+
+        if hasattr(model, "peft_config"):
+            save_adapter(model, folder)
 
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """The trained model as a plain one of the start's architecture, in float32."""

@@ -50,6 +50,7 @@ class AdaptedStart(Quantised):
     """
 
     reference: ClassVar[Reference] = "adapter_copy"
+    kept_for_start: ClassVar[bool] = False
 
     quantization: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type of the frozen weights."""

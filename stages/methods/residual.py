@@ -1,7 +1,10 @@
 """What PiSSA, MiLoRA and OLoRA share: adapters that start as a part of the weights, beside what remains of them."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from stages.adapter import CONFIG, WEIGHTS, save_adapter
 from stages.methods.base import Prepared, Reference, Start
 from stages.methods.lora import LowRank
 
@@ -29,7 +32,7 @@ class ResidualLowRank(LowRank):
 
         prepared = super().prepare(model, start)
         with torch.no_grad():
-            for layer in adapted_layers(prepared.model):
+            for layer in adapted_layers(prepared.model).values():
                 if layer.get_base_layer().weight.device.type != "meta":
                     self._split(layer)
         return prepared
@@ -46,12 +49,32 @@ class ResidualLowRank(LowRank):
         a, b = (a / scale**0.5).to(torch.float32).contiguous(), (b / scale**0.5).to(torch.float32).contiguous()
         layer.lora_A["default"].weight.copy_(a)
         layer.lora_B["default"].weight.copy_(b)
+        layer.start_factors = (b.clone(), a.clone())
         rest = weight - scale * (b @ a)
         held.copy_(rest.T if transposed else rest)
 
+    def keep(self, model: "torch.nn.Module", folder: Path) -> None:
+        """Write the adapter so that it belongs on the start model, not on what remains of it.
 
-def adapted_layers(model: Any) -> list[Any]:
-    """The layers of a PEFT model that carry a LoRA adapter."""
+        s (B A - B0 A0) is a plain LoRA of twice the rank: A and A0 above one another, B beside -B0.
+        """
+        import torch
+        from safetensors.torch import save_file
+
+        save_adapter(model, folder)
+        tensors = {}
+        for name, layer in adapted_layers(model).items():
+            b0, a0 = (factor.to(layer.lora_A["default"].weight.device) for factor in layer.start_factors)
+            tensors[f"{name}.lora_A.weight"] = torch.cat([layer.lora_A["default"].weight.detach(), a0])
+            tensors[f"{name}.lora_B.weight"] = torch.cat([layer.lora_B["default"].weight.detach(), -b0], 1)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings |= {"r": 2 * settings["r"], "lora_alpha": 2 * settings["lora_alpha"]}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adapted_layers(model: Any) -> dict[str, Any]:
+    """The layers of a PEFT model that carry a LoRA adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

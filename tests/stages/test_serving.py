@@ -25,6 +25,9 @@ METHODS = {
     "faster": "{kind: lora_plus, rank: 4}",
     "weighed": "{kind: dora, rank: 4}",
     "principal": "{kind: pissa, rank: 4}",
+    "minor": "{kind: milora, rank: 3}",
+    "basis": "{kind: olora, rank: 4, target_modules: attention}",
+    "fitted": "{kind: loftq, rank: 4}",
     "four": "{kind: qlora, rank: 4}",
     "floats": "{kind: qlora, rank: 2, quantization: fp4}",
     "prefix": "{kind: prefix_tuning, virtual_tokens: 3}",
@@ -99,6 +102,7 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
 FAMILIES = [
     ("plain", "stable", "frozen", "faster"),
     ("plain", "weighed"),
+    ("plain", "principal", "minor", "basis"),
     ("four",),
     ("prefix", "longer"),
     ("shared",),
@@ -130,9 +134,10 @@ def test_the_base_answers_as_the_start(names, served, project):
         assert difference == 0
 
 
-def test_rows_of_one_batch_have_their_own_adapters(served):
-    adapters, ids = served("plain", "stable", "frozen", "faster"), ids_of(5)
-    rows = ["stable", BASE, "frozen", "faster", "plain"]
+@pytest.mark.parametrize("names", [FAMILIES[0], FAMILIES[2]], ids="-".join)
+def test_rows_of_one_batch_have_their_own_adapters(names, served):
+    adapters, ids = served(*names), ids_of(5)
+    rows = [names[1], BASE, names[2], names[3], names[0]]
     mixed = adapters.logits(ids, rows)
     for number, name in enumerate(rows):
         assert far(mixed[number], adapters.logits(ids[number : number + 1], [name])[0]) <= 1e-5
@@ -189,8 +194,8 @@ def test_a_mixed_batch_that_would_not_be_exact_is_refused(names, complaint, serv
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [
-        (("principal",), "method pissa changed the model beneath its adapter"),
-        (("plain", "principal"), "method pissa changed the model beneath its adapter"),
+        (("fitted",), "method loftq changed the model beneath its adapter"),
+        (("plain", "fitted"), "method loftq changed the model beneath its adapter"),
         (("whole",), "method full keeps no adapter; serve the model in"),
         (("plain", "later"), r"plain started from 00-base-\w+ and later from 01-plain-\w+"),
         (("plain", "four"), "plain was trained over the start's own weights and four over weights of quantization nf4"),
