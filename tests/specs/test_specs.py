@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from methods_table import KINDS, METHODS
 from pydantic import BaseModel
 
 from specs.base import Spec, fingerprint, identity_fields
@@ -453,7 +454,14 @@ def test_the_full_spec_holds_every_kind_of_spec(tmp_path: Path) -> None:
         and cls.__module__.split(".")[0] in {"specs", "stages"}
         and cls.__module__ != "stages.job"  # what a process is told is no part of a spec file
     }
-    assert seen == leaves
+    assert seen | set(KINDS.values()) == leaves
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
+def test_every_field_of_a_method_is_part_of_an_identity(method) -> None:
+    before = fingerprint(identity_fields(method))
+    for name in type(method).model_fields:
+        assert fingerprint(identity_fields(method.model_copy(update={name: "changed"}))) != before, name
 
 
 def test_identity_changes_with_every_field_but_those_that_only_name(tmp_path: Path) -> None:

@@ -384,10 +384,8 @@ def shift_reference(trainer) -> None:
     if "ref_chosen_logps" in trainer.train_dataset.column_names:
         trainer.train_dataset = trainer.train_dataset.map(lambda row: {"ref_chosen_logps": row["ref_chosen_logps"] + 5})
         return
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B.ref" in name:
-                parameter.add_(0.05)
+    score = trainer.compute_ref_log_probs
+    trainer.compute_ref_log_probs = lambda *inputs: tuple(side + 5 for side in score(*inputs))
 
 
 def shift_both(trainer) -> None:

@@ -203,7 +203,7 @@ CHANGES = {
     "method": (
         [("method: {kind: lora, rank: 4}", "method: {kind: full}")],
         "answers",
-        "method.kind: 'lora' -> 'full'; method.rank: 4 -> None; method.",
+        "method.kind: 'lora' -> 'full'; method.target_modules: 'all-linear' -> None; method.rank: 4 -> None",
     ),
     "stage seed": ([("kind: dpo", "kind: dpo\n    seed: 5")], "manner", "seed: 3 -> 5"),
     "trainer's own": (
