@@ -55,13 +55,7 @@ def hand_over(
     """
     import torch
 
-    broken = _not_finite(trained)
-    if broken:
-        raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
-    dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
-    live = method.for_comparison(trained, dtype)
-    ids = probe.probe_ids(live)
-    wanted = probe.logits(live, ids)
+    live, dtype, ids, wanted = _trained(method, trained)
     merged = method.merge_record(live, start)
     plain = method.finish(live, start)
     set_stop_tokens(plain, tokenizer)
@@ -81,8 +75,7 @@ def hand_over(
             "published; the trained state is kept and a rerun merges again"
         )
     probe.record(folder, ids, found)
-    rms = float((found - expected).square().mean().sqrt())
-    record = {"max_logit_error": error, "rms_logit_error": rms, "tolerance": allowed, "compared_in": str(dtype)[6:]}
+    record = _record(found, expected, allowed)
     if not method.exact_merge:
         record["distance_to_trained"] = float((found - wanted).abs().max())
     return reloaded, record | merged
@@ -110,15 +103,8 @@ def keep_adapter(
     """
     import torch
 
-    broken = _not_finite(trained)
-    if broken:
-        raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
     save_adapter(trained, folder / ADAPTER)
-    dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
-    live = method.for_comparison(trained, dtype)
-    ids = probe.probe_ids(live)
-    wanted = probe.logits(live, ids)
-    del live
+    _, dtype, ids, wanted = _trained(method, trained)
     reloaded, _ = assemble(start.model, folder / ADAPTER, torch.float32)
     found = probe.plain_logits(reloaded, ids, dtype)
     error, allowed = probe.distance(found, wanted, method.merge_tolerance)
@@ -128,13 +114,32 @@ def keep_adapter(
             f"{error:.2g}, allowed {allowed:.2g}. Nothing is published; the trained state is kept for a rerun"
         )
     probe.record(folder, ids, found)
-    rms = float((found - wanted).square().mean().sqrt())
-    return reloaded, {
-        "max_logit_error": error,
-        "rms_logit_error": rms,
+    return reloaded, _record(found, wanted, allowed) | {"unmerged": True}
+
+
+def _trained(
+    method: MethodSpec, trained: "torch.nn.Module"
+) -> tuple["torch.nn.Module", "torch.dtype", "torch.Tensor", "torch.Tensor"]:
+    """The trained model as it is compared, the precision, the probe's ids and the logits that must be found again."""
+    import torch
+
+    broken = _not_finite(trained)
+    if broken:
+        raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
+    dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
+    live = method.for_comparison(trained, dtype)
+    ids = probe.probe_ids(live)
+    return live, dtype, ids, probe.logits(live, ids)
+
+
+def _record(found: "torch.Tensor", wanted: "torch.Tensor", allowed: float) -> dict[str, Any]:
+    """What the manifest keeps of a comparison of logits."""
+    difference = found - wanted
+    return {
+        "max_logit_error": float(difference.abs().max()),
+        "rms_logit_error": float(difference.square().mean().sqrt()),
         "tolerance": allowed,
-        "compared_in": str(dtype)[6:],
-        "unmerged": True,
+        "compared_in": str(wanted.dtype).removeprefix("torch."),
     }
 
 

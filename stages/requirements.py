@@ -12,16 +12,13 @@ from typing import Any
 from specs.pipeline import Location
 from stages.layout import HEADS, Layout
 from stages.methods.base import MethodSpec
+from stages.methods.targets import ATTENTION, QUERY_VALUE
 from stages.objective import ObjectiveSpec
 
 EMBEDDINGS = HEADS | {
     "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_positions",
 }  # fmt: skip
 """Last parts of the names of embeddings and output heads."""
-ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention"})
-"""What layers call their attention, as the preset ``attention`` reads it."""
-QUERY_VALUE = frozenset({"q_proj", "v_proj", "query", "value", "qkv_proj", "c_attn", "query_key_value", "Wqkv"})
-"""Query and value projections, alone or in a fused one, as the preset ``query-value`` reads it."""
 _LAYER = re.compile(r"(?:^|\.)\d+\.")
 RANKS = ("initial_rank", "rank")
 """Fields that hold the rank of an update, the first one that a method has."""

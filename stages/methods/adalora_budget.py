@@ -44,9 +44,7 @@ class Budget(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the averages and the pattern of ranks."""
         allocator = self._tuner.rankallocator
-        tensors = {
-            f"{kind}/{name}": tensor for kind in _AVERAGES for name, tensor in getattr(allocator, kind).items()
-        }
+        tensors = {f"{kind}/{name}": tensor for kind in _AVERAGES for name, tensor in getattr(allocator, kind).items()}
         tensors |= {f"rank_pattern/{name}": torch.tensor(kept) for name, kept in (self._pattern or {}).items()}
         if tensors:
             save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from stages.methods.base import Prepared, Start
-from stages.methods.lora import LowRank
+from stages.methods.lora import LowRank, only_training
 from stages.methods.targets import Targets
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Longlora(LowRank):
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Stretch the rope, switch attention to groups, add adapters, and train embeddings and norms beside them."""
-        import torch
         from peft import get_peft_model
 
         from stages.methods.shifted_attention import NAME, register
@@ -58,15 +57,8 @@ class Longlora(LowRank):
         settings.ensure_weight_tying = bool(model.config.tie_word_embeddings)
         adapted = get_peft_model(model, settings)
         model.config._attn_implementation = NAME
-        parts = (self.trained, ".modules_to_save.")
-        trainable = frozenset(
-            name for name, _ in adapted.named_parameters(remove_duplicate=True) if any(part in name for part in parts)
-        )
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(name in trainable)
-            if name in trainable:
-                parameter.data = parameter.data.to(torch.float32)
-        return Prepared(adapted, trainable, {"rope_factor": factor, "group_size": group})
+        prepared = only_training(adapted, self.trained, ".modules_to_save.")
+        return prepared._replace(record={"rope_factor": factor, "group_size": group})
 
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Fold in the adapters; the config keeps the rope, and goes back to ordinary attention."""

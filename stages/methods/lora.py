@@ -4,13 +4,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from stages.methods.base import MethodSpec, Prepared, Reference, Start
+from stages.methods.base import MethodSpec, Prepared, Reference, Start, train_only
 from stages.methods.targets import Targets, adapter_targets, check_rank, is_transposed
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
+
+
+def only_training(adapted: "torch.nn.Module", *parts: str) -> Prepared:
+    """A PEFT model in which the parameters train whose name contains one of ``parts``, in float32, and no others."""
+    names = frozenset(name for name, _ in adapted.named_parameters() if any(part in name for part in parts))
+    train_only(adapted, names)
+    return Prepared(adapted, names, {})
 
 
 class Adapter(MethodSpec):
@@ -33,16 +40,9 @@ class Adapter(MethodSpec):
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Add the adapters; only they train."""
-        import torch
         from peft import get_peft_model
 
-        adapted = get_peft_model(model, self.adapter_config(model, start))
-        trainable = frozenset(name for name, _ in adapted.named_parameters() if self.trained in name)
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(name in trainable)
-            if name in trainable:
-                parameter.data = parameter.data.to(torch.float32)
-        return Prepared(adapted, trainable, {})
+        return only_training(get_peft_model(model, self.adapter_config(model, start)), self.trained)
 
     def finish(self, model: "torch.nn.Module", start: Start) -> "PreTrainedModel":
         """Fold the adapters into the weights, in float32; a non-finite adapter is refused by PEFT."""

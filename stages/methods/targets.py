@@ -15,9 +15,10 @@ Targets = Literal["all-linear", "attention", "query-value"] | Annotated[tuple[st
 attention. ``query-value``: query and value only (the whole fused projection where a model has one). Or names such as
 ``q_proj``. The experts of a mixture are no linear layers in transformers 5 and stay frozen."""
 
-_ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
-_QUERY_VALUE = {"q_proj", "v_proj", "query", "value"}
-_FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv"}
+ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention"})
+"""What layers call their attention."""
+QUERY_VALUE = frozenset({"q_proj", "v_proj", "query", "value", "qkv_proj", "c_attn", "query_key_value", "Wqkv"})
+"""What attention calls its query and value projections, alone or fused into one."""
 
 
 def linear_modules(model: "PreTrainedModel") -> Iterator[tuple[str, Any]]:
@@ -43,9 +44,9 @@ def adapter_targets(model: "PreTrainedModel", wanted: "Targets") -> list[str]:
     found: dict[str, None] = {}
     for name, module in linear_modules(model):
         parts = name.split(".")
-        in_attention = bool(_ATTENTION & set(parts[:-1]))
+        in_attention = bool(ATTENTION & set(parts[:-1]))
         narrow = min(sides(module)) == 1
-        if wanted == "query-value" and not (in_attention and parts[-1] in _QUERY_VALUE | _FUSED):
+        if wanted == "query-value" and not (in_attention and parts[-1] in QUERY_VALUE):
             continue
         if narrow or (wanted == "attention" and not in_attention):
             continue

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.methods.base import MethodSpec, Prepared, Reference, Start
+from stages.methods.lora import only_training
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,18 +24,11 @@ class Unmerged(MethodSpec):
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Add the adapter; only it trains, in float32."""
-        import torch
         from peft import get_peft_model
 
         from stages.adapter import ready
 
-        adapted = ready(get_peft_model(model, self.adapter_config(model)))
-        trainable = frozenset(name for name, _ in adapted.named_parameters() if self.trained in name)
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(name in trainable)
-            if name in trainable:
-                parameter.data = parameter.data.to(torch.float32)
-        return Prepared(adapted, trainable, {})
+        return only_training(ready(get_peft_model(model, self.adapter_config(model))), self.trained)
 
 
 class VirtualTokens(Unmerged):
