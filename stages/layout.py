@@ -220,7 +220,7 @@ def identify(module: str) -> Key | None:
 
 def spellings(matrix: Matrix) -> frozenset[str]:
     """The module names of a matrix, today's and those of older transformers (experts had modules of their own)."""
-    found = {matrix.module}
+    found = {matrix.module, matrix.module.replace(".mlp.", ".block_sparse_moe.")}
     stem = re.match(r"(.*\.)(?:mlp|block_sparse_moe)\.experts\.", matrix.module)
     if stem is not None and matrix.expert is not None:
         label = matrix.type.rsplit(".", 1)[-1]

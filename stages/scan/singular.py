@@ -21,7 +21,7 @@ DENSE = 2048
 BAND = 48
 """Width of the band that larger ones are reduced to."""
 _SAFE = (1e-20, 1e30)
-"""Largest squared column norm between which float32 neither overflows nor loses digits."""
+"""Between these, as the largest squared norm of a column, float32 neither overflows nor loses digits."""
 
 Matrix = NDArray[np.float32]
 Vector = NDArray[np.float64]
@@ -38,14 +38,15 @@ def singular_values(blocks: Callable[[], Iterable[Matrix]], side: int) -> Vector
     Returns:
         ``side`` values, or None where the matrix holds inf or nan.
     """
-    gram, diagonal = _gram(blocks(), side, 1.0)
-    if not np.isfinite(diagonal).all():
-        return None
-    largest, scale = float(diagonal.max(initial=0.0)), 1.0
-    if largest == 0.0:
-        return np.zeros(side)
-    if not _SAFE[0] < largest < _SAFE[1]:
-        scale = 2.0 ** -round(np.log2(largest) / 2)  # a power of two: no digit changes
+    scale = 1.0
+    gram, diagonal = _gram(blocks(), side, scale)
+    if not (np.isfinite(diagonal).all() and _SAFE[0] < diagonal.max() < _SAFE[1]):
+        largest = float(np.max([np.abs(block).max() for block in blocks()]))  # nan stays nan
+        if not np.isfinite(largest):
+            return None
+        if largest == 0.0:
+            return np.zeros(side)
+        scale = 2.0 ** -np.floor(np.log2(largest))  # a power of two: no digit changes
         gram, diagonal = _gram(blocks(), side, scale)
     np.fill_diagonal(gram, diagonal)
     eigenvalues = _dense(gram) if side <= DENSE else _banded(gram)
@@ -58,8 +59,9 @@ def _gram(blocks: Iterable[Matrix], side: int, scale: float) -> tuple[Matrix, Ve
     diagonal = np.zeros(side)
     for block in blocks:
         rows = block if scale == 1.0 else (block * scale).astype(np.float32)
-        for start in range(0, len(rows), 1024):  # squares in float64 need room of their own
-            diagonal += np.square(rows[start : start + 1024], dtype=np.float64).sum(axis=0)
+        for start in range(0, len(rows), 256):  # few rows at a time: their squares stay in the processor's cache
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # seen by the caller
+                diagonal += np.square(rows[start : start + 256]).sum(axis=0, dtype=np.float64)
         # Whichever way the block lies in memory, BLAS takes it as it is.
         across = rows.flags.c_contiguous
         gram = blas.ssyrk(1.0, rows.T if across else rows, 1.0, gram, trans=not across, lower=1, overwrite_c=1)
