@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Glora(Adapter):
-    """Train W (1 + A) + B, elementwise, and where a layer has a bias b (1 + D) + E + W C (eq. 8)."""
+    """Train W (1 + A) + B, elementwise, and where a layer has a bias b (1 + D) + E + W C."""
 
     kind: Literal["glora"]
     trained: ClassVar[str] = ".glora_"

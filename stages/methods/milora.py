@@ -14,7 +14,7 @@ class Milora(ResidualLowRank):
     kind: Literal["milora"]
 
     def factors(self, weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The last ``rank`` singular triples: B = U sqrt(S), A = sqrt(S) V^T (eq. 5)."""
+        """The last ``rank`` singular triples: B = U sqrt(S), A = sqrt(S) V^T."""
         import torch
 
         u, s, v = torch.linalg.svd(weight, full_matrices=False)

@@ -14,7 +14,7 @@ class Olora(ResidualLowRank):
     kind: Literal["olora"]
 
     def factors(self, weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The first ``rank`` columns of Q and rows of R (algorithm 1)."""
+        """The first ``rank`` columns of Q and rows of R."""
         import torch
 
         q, r = torch.linalg.qr(weight)
