@@ -217,8 +217,12 @@ def run_side(how: str, model: Path, output: Path) -> None:
     print(status[status.index("VmHWM:") + 1])
 
 
+def _cpuinfo() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().splitlines()
+
+
 def machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "")
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if "model name" in line), "")
     libraries = {name: version(name) for name in ("torch", "numpy", "scipy")}
     return {"cpu": cpu, "python": platform.python_version(), "libraries": libraries, "threads": 1}
 
