@@ -21,8 +21,8 @@ demo-gate: $(READY)  ## the same with a gate that no run can pass: it stops, say
 chat: $(READY)  ## talk to the demo's model
 	$(RUN)/trivium chat $(DEMO)
 
-test: $(READY)  ## every test
-	$(RUN)/python -m pytest
+test: $(READY)  ## every test, a file at a time on each core
+	$(RUN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-fast: $(READY)  ## the tests without torch and Prefect
 	$(RUN)/python -m pytest -m "not model and not flow"

@@ -30,8 +30,9 @@ MODULES = ("os", "json", "random", "subprocess", "pathlib", "asyncio", "argparse
 
 def main() -> None:
     """Measure the named methods, or all, and print a Markdown table."""
-    from stages.methods import Method
     from typing import get_args
+
+    from stages.methods import Method
 
     known = [get_args(cls.model_fields["kind"].annotation)[0] for cls in get_args(get_args(Method)[0])]
     parser = argparse.ArgumentParser(description=__doc__)
@@ -75,7 +76,9 @@ def run_one(kind: str, base: Path, steps: int) -> dict[str, Any]:
     """Measure one method in a process of its own."""
     command = [sys.executable, __file__, kind, "--one", str(base), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    result: dict[str, Any] = {"failed": done.stderr[-500:]} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = (
+        {"failed": done.stderr[-500:]} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    )
     print(kind, {key: value for key, value in result.items() if key != "failed"} or result, file=sys.stderr, flush=True)
     return result
 

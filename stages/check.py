@@ -57,6 +57,9 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
             if importlib.util.find_spec(package) is None:
                 message = f"method {stage.method.kind} needs the package {package}: pip install {package}"
                 found.append(((*place, "method"), message))
+        for name in stage.method.files():
+            if not (folder / name).is_file():
+                found.append(((*place, "method"), f"{folder / name}: no such file"))
         found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
         found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
         for source_number, source in enumerate(stage.data):

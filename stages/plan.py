@@ -353,9 +353,11 @@ def _base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[st
 def _stage_identity(
     pipeline: Pipeline, stage: ObjectiveSpec, parent: str, folder: Path, digest: Digests
 ) -> dict[str, Any]:
+    read = {name: digest(folder / name) for name in stage.method.files()}
     return {
         "kind": "stage",
         "stage": identity_fields(stage),
+        **({"files": read} if read else {}),
         "parent": parent,
         "data": data_digests(stage, folder, digest),
         "seed": pipeline.seed_of(stage),

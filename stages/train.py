@@ -4,7 +4,9 @@ import ast
 import importlib.util
 import math
 import signal
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,7 +240,8 @@ def fit(
         info(f"resuming at step {checkpoint.step_of(resume)}")
     if preemption is not None:
         preemption.training = True
-    result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    with _checkpoints_by_name_in_memory(prepared.model):
+        result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if preemption is not None:
         preemption.training = False
     reference_is_kept()
@@ -257,6 +260,23 @@ def fit(
         "packing_leak": leak,
         "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
     }
+
+
+@contextmanager
+def _checkpoints_by_name_in_memory(model: Any) -> Iterator[None]:
+    """Let the trainer's checkpoints hold a mixture's experts as the model does, one parameter for all of a layer.
+
+    transformers 5.23 writes them one by one, as hub checkpoints do, and the trainer's resume reads none of them back:
+    the run goes on from the start's experts, without a word.
+    """
+    if hasattr(model, "peft_config"):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _check_policy(stage: ObjectiveSpec, moved: float) -> None:

@@ -50,10 +50,12 @@ def wait_for(condition: Callable[[], object], what: str) -> object:
     raise AssertionError(f"timed out: {what}")
 
 
-def stage_processes() -> set[int]:
+def stage_processes(run: int) -> set[int]:
+    """The stage processes that a run started, still there when the run itself is gone; they name it as their parent."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
-        if "stages.run" in (process.info["cmdline"] or []):
+        command = process.info["cmdline"] or []
+        if "stages.run" in command and str(run) in command:
             found.add(process.pid)
     return found
 
@@ -179,14 +181,14 @@ def until_first_checkpoint(spec: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_anywhere_it_goes_on_and_leaves_nothing_behind(slow_project: Path, number: signal.Signals) -> None:
-    others = stage_processes()
     command = [*TRIVIUM, "run", str(slow_project), "--no-prefect", "--until", "knowledge"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         until_first_checkpoint(slow_project)
+        assert stage_processes(child.pid)
         child.send_signal(number)
         code = child.wait(DEADLINE)
     assert code == (-9 if number == signal.SIGKILL else 75)
-    wait_for(lambda: stage_processes() <= others, "the stage's processes to end")
+    wait_for(lambda: not stage_processes(child.pid), "the stage's processes to end")
     assert "knowledge" not in identities(slow_project)
     resumed = run(slow_project, "--no-prefect", "--until", "knowledge")
     assert resumed.returncode == 0, resumed.stderr
@@ -207,7 +209,6 @@ def test_a_run_that_is_cancelled_in_the_ui_ends_with_its_whole_tree(
     slow_project: Path, server: tuple[Path, httpx.Client]
 ) -> None:
     root, client = server
-    others = stage_processes()
     command = [*TRIVIUM, "run", str(slow_project), "--root", str(root), "--until", "knowledge"]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -222,7 +223,7 @@ def test_a_run_that_is_cancelled_in_the_ui_ends_with_its_whole_tree(
         errors = child.communicate(timeout=DEADLINE)[1]
     assert child.returncode == 75
     assert "trivium: cancelled; run again to go on from the last checkpoint" in errors
-    assert stage_processes() <= others
+    assert not stage_processes(child.pid)
     state = client.get(f"/flow_runs/{parent['id']}").json()["state"]
     assert state["type"] == "CANCELLED"
 
