@@ -36,11 +36,14 @@ def main() -> None:
 
     known = [get_args(cls.model_fields["kind"].annotation)[0] for cls in get_args(get_args(Method)[0])]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=known, choices=[*known, []])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(known))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/methods.json")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    asked.kinds = asked.kinds or known
+    if unknown := set(asked.kinds) - set(known):
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     if asked.one is not None:
         print(json.dumps(measure(asked.kinds[0], asked.one, asked.steps)))
         return

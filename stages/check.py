@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from stages.count import Count
 from stages.data import Normaliser, read_source
 from stages.errors import InvalidInput
 from stages.layout import Layout, read_layout
+from stages.methods.base import MethodSpec
 from stages.metrics.harness import is_task_file, task_files
 from stages.pipeline import Pipeline
 from stages.plan import Plan, Step, base_files
@@ -53,13 +54,7 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
         found.append((("model", "chat_template"), f"{folder / template}: no such file"))
     for number, stage in enumerate(pipeline.stages):
         place: Location = ("stages", number)
-        for package in stage.method.requires:
-            if importlib.util.find_spec(package) is None:
-                message = f"method {stage.method.kind} needs the package {package}: pip install {package}"
-                found.append(((*place, "method"), message))
-        for name in stage.method.files():
-            if not (folder / name).is_file():
-                found.append(((*place, "method"), f"{folder / name}: no such file"))
+        found += [((*place, "method"), message) for message in _missing(stage.method, folder)]
         found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
         found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
         for source_number, source in enumerate(stage.data):
@@ -72,6 +67,16 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
             schema = preference_row if isinstance(metric, PreferenceSpec) else any_scored_row
             _read(found, ("metrics", name, "data"), metric.data, folder, schema, limit)
     return found
+
+
+def _missing(method: MethodSpec, folder: Path) -> Iterator[str]:
+    """Packages and files that a method needs and that are not there."""
+    for package in method.requires:
+        if importlib.util.find_spec(package) is None:
+            yield f"method {method.kind} needs the package {package}: pip install {package}"
+    for name in method.files():
+        if not (folder / name).is_file():
+            yield f"{folder / name}: no such file"
 
 
 def check_inputs(pipeline: Pipeline, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Seven chains of different methods through the real flow: every hand-over from disk, and verified."""
 
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def test_a_chain_of_methods_hands_over_exactly(name, chains):
     assert done.returncode == 0, done.stderr
     manifests = [json.loads(path.read_text()) for path in sorted(spec.parent.glob("artifacts/tiny/0*/manifest.json"))]
     assert len(manifests) == 5
-    for number, (before, after) in enumerate(zip(manifests, manifests[1:], strict=False)):
+    for number, (before, after) in enumerate(itertools.pairwise(manifests)):
         assert after["inputs"]["parent"] == before["identity"]
         if number == 3:
             break

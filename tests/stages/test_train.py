@@ -192,8 +192,8 @@ def test_a_learning_rate_that_breaks_the_model_is_named_with_its_step(method, jo
 def test_other_trainable_parameters_than_planned_are_refused(method, kind, harm, job, monkeypatch):
     prepare = method.prepare
 
-    def wrong(self, model):
-        found = prepare(self, model)
+    def wrong(self, model, start):
+        found = prepare(self, model, start)
         named = dict(found.model.named_parameters())
         if harm == "none":
             for name in found.trainable:
