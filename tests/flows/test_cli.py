@@ -158,7 +158,7 @@ def test_a_method_that_needs_a_gpu_is_refused_where_there_is_none(project: Path)
             "--from nowhere: no such stage; stages: knowledge, answers, manner",
         ),
         (["plan", "missing.yaml"], "missing.yaml:1:1: "),
-        (["init", "x", "--template", "nope"], "no template 'nope'; templates: quickstart, 70b-qlora, 8b-24gb"),
+        (["init", "x", "--template", "nope"], "no template 'nope'; templates: quickstart, 70b-4bit, 8b-24gb"),
         (["chat", "nowhere"], "neither a model nor a project"),
         (["chat", "."], "no model is released yet"),
     ],
@@ -179,7 +179,7 @@ def test_init_leaves_an_edited_spec_and_other_folders_alone(tmp_path: Path) -> N
     (folder / "spec.yaml").write_text("mine")
     assert trivium("init", folder, "--template", "8b-24gb").returncode == 0
     assert (folder / "spec.yaml").read_text() == "mine"
-    other = trivium("init", folder, "--template", "70b-qlora")
+    other = trivium("init", folder, "--template", "70b-4bit")
     assert (other.returncode, "exists and is not empty" in other.stderr) == (2, True)
 
 
@@ -192,7 +192,7 @@ def test_the_published_schema_is_fresh() -> None:
 
 def test_shipped_specs_are_valid_and_can_be_planned(tmp_path: Path) -> None:
     """Recipes name a hub model and data that users bring: given rows, they load, check and plan."""
-    for name in ("8b-24gb", "70b-qlora"):
+    for name in ("8b-24gb", "70b-4bit"):
         folder = tmp_path / name
         assert trivium("init", folder, "--template", name).returncode == 0
         tiny.write_rows(folder / "data/corpus.jsonl", [{"text": "a"}])
