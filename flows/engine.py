@@ -10,6 +10,7 @@ from stages.artifact import MODEL, VERDICT, read, set_aside, write_json
 from stages.check import check_base, check_inputs
 from stages.errors import GateRefused, InvalidInput
 from stages.gate import Verdict, judge
+from stages.job import write_job
 from stages.measure import Measure
 from stages.pipeline import load_pipeline
 from stages.plan import Plan, Step, make_plan
@@ -173,10 +174,8 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     job = plan.job(step)
-    folder = plan.store / ".jobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{step.name}-{step.work.name}.json"
-    file.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    file = plan.store / ".jobs" / f"{step.name}-{step.work.name}.json"
+    write_job(job, file)
     phases = [name for name in PHASES[job.kind] if name != "evaluate" or job.measurements]
     if not job.make:
         phases = ["evaluate"]

@@ -74,13 +74,20 @@ def _method(step: Step) -> str:
 
 def _trained(step: Step) -> str:
     training = _record(step).get("training")
-    return f"{training['trainable_parameters'] / 1e6:.1f} M" if training else _ABSENT
+    return counted(training["trainable_parameters"]) if training else _ABSENT
+
+
+def counted(parameters: int) -> str:
+    """A number of parameters for people: 24.8 M, 1,152."""
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters:,}"
 
 
 def _error(step: Step) -> str:
     handed = _record(step).get("hand_over")
     if not handed:
         return _ABSENT
+    if "distance_to_trained" in handed:
+        return f"{handed['distance_to_trained']:.1e} (into the original base)"
     beside = ", base + adapter" if handed.get("unmerged") else ""
     return f"{handed['max_logit_error']:.1e} (of {handed['tolerance']:.0e}{beside})"
 
@@ -96,7 +103,7 @@ def _time(step: Step) -> str:
         return _ABSENT
     measuring = sum(kept.seconds for one in step.measurements if (kept := step.evaluation(one.metric)))
     own = sum(seconds.values())
-    return f"{own + measuring:.0f} s ({measuring:.0f} s measuring)"
+    return f"{own + measuring:.0f} s" + (f" ({measuring:.0f} s measuring)" if measuring else "")
 
 
 def _memory(step: Step) -> str:

@@ -111,7 +111,12 @@ def count_stages(pipeline: Pipeline, folder: Path, base: Path, wanted: Collectio
         method = stage.method
         if stage.name not in wanted and not method.config_changes:
             continue
-        start = Start(base, spec_folder=folder, seed=pipeline.seed_of(stage))
+        start = Start(
+            base,
+            spec_folder=folder,
+            seed=pipeline.seed_of(stage),
+            sequence_length=stage.train.sequence_length,
+        )
         try:
             model = meta_model(base, changed)
             counts[stage.name], after = count_method(method, model, start)
@@ -213,7 +218,7 @@ def _kept(file: Path) -> dict[str, dict[str, Any]]:
 def _in_a_child(pipeline: Pipeline, folder: Path, base: Path, wanted: list[str]) -> tuple[dict[str, Count], bool]:
     """The counts that a process of its own makes, and whether they would come out the same again."""
     request = {
-        "pipeline": pipeline.model_dump(mode="json"),
+        "pipeline": pipeline.model_dump(mode="json", exclude_unset=True),
         "folder": str(folder),
         "base": str(base),
         "stages": wanted,
@@ -231,11 +236,16 @@ def _in_a_child(pipeline: Pipeline, folder: Path, base: Path, wanted: list[str])
     except subprocess.TimeoutExpired:
         return dict.fromkeys(wanted, Count(reason=f"not done within {TIMEOUT:.0f} s")), False
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        reason = f"the counting process ended with {done.returncode}: {last}"[:300]
+        reason = f"the counting process ended with {done.returncode}: {_complaint(done.stderr)}"[:300]
         return dict.fromkeys(wanted, Count(reason=reason)), False
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: Count(**value) for name, value in found.items()}, True
+
+
+def _complaint(stderr: str) -> str:
+    """The line of a traceback that says what happened; pydantic's last one only links to its manual."""
+    lines = [line.strip() for line in stderr.strip().splitlines() if "errors.pydantic.dev" not in line]
+    return lines[-1] if lines else "no reason given"
 
 
 def main() -> int:

@@ -53,6 +53,16 @@ class Job(Spec):
         return Path(self.target).parent / ".locks" / f"{Path(self.target).name}.lock"
 
 
+def write_job(job: Job, path: Path) -> None:
+    """Write a job for the process that does it.
+
+    Only what the spec gave is written: some fields refuse to stand beside others, whatever their value, and a
+    default that is spelt out would look like one that was given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(job.model_dump_json(indent=1, exclude_unset=True), encoding="utf-8")
+
+
 def read_job(path: Path) -> Job:
     """The job in a file that `write_job` wrote."""
     return Job.model_validate_json(path.read_text(encoding="utf-8"))

@@ -45,7 +45,17 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
     if info["missing_keys"]:  # the library would draw them at random and go on
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InvalidInput(f"{folder}: {len(info['missing_keys'])} weights are missing from its files: {names}")
+    _keep_embedding_scale(model)
     return cast("PreTrainedModel", model)
+
+
+def _keep_embedding_scale(model: Any) -> None:
+    """Hold Gemma's factor on its embeddings in float32: loaded in bfloat16 it is rounded, and stays so when widened."""
+    import torch
+
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=module.embed_scale.device)
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

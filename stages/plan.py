@@ -318,6 +318,11 @@ def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
         raise InvalidInput(
             f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{adapter}"
         )
+    if (place / "adapter_config.json").is_file():
+        raise InvalidInput(
+            f"model.path: {place}: holds whole weights and an adapter (adapter_config.json), and transformers would "
+            "put the second on the first; merge it into its base first, or move the adapter's files elsewhere"
+        )
     _refuse_quantised(place)
     return sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
 

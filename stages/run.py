@@ -91,6 +91,7 @@ def _make_stage(
             spec_folder=Path(job.folder),
             cache=Path(job.target).parent / ".scans",
             seed=job.pipeline.seed_of(stage),
+            sequence_length=stage.train.sequence_length,
             rows=lambda: stage.token_rows(dataset, tokenizer),
         )
         prepared, start_record = _prepare(stage, parent, start)

@@ -18,7 +18,7 @@ from stages.objective import ObjectiveSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
 _REFUSED = {
     "gradient_checkpointing": "use train.gradient_checkpointing",
@@ -45,6 +45,7 @@ _OPTIMIZERS = {
 }
 _CURVE = ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
 """What is kept of each logged step."""
+_ROUTER = ("output_router_logits", "router_aux_loss_coef")
 FIRST_LOSS_TOLERANCE = 0.02
 """How far DPO's first loss may be from its value for equal models: autocast rounds log-probabilities."""
 
@@ -229,7 +230,10 @@ def fit(
     ids = probe.probe_ids(prepared.model)
     mixed = stage.train.weights_dtype == "bfloat16"
     before = probe.logits(prepared.model, ids, autocast=mixed)
+    router = _router_settings(prepared.model)
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
+    if getattr(trainer, "aux_loss_enabled", False):
+        watcher.first_loss = None  # a mixture's balancing loss is in it
     _check_policy(stage, float((probe.logits(prepared.model, ids, autocast=mixed) - before).abs().max()))
     reference_is_kept = stage.check_reference(trainer)
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
@@ -245,6 +249,7 @@ def fit(
     if preemption is not None:
         preemption.training = False
     reference_is_kept()
+    _set_router(prepared.model, router)
     # Accelerate leaves its autocast wrapped around forward: merges would be compared in bfloat16.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if preemption is not None and preemption.asked and trainer.state.global_step < trainer.state.max_steps:
@@ -260,6 +265,17 @@ def fit(
         "packing_leak": leak,
         "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
     }
+
+
+def _router_settings(model: Any) -> dict[str, Any]:
+    """What TRL changes in the config of a mixture of experts, to get at the loss that balances its router."""
+    config = model.config.get_text_config()
+    return {name: getattr(config, name) for name in _ROUTER if hasattr(config, name)}
+
+
+def _set_router(model: Any, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(model.config.get_text_config(), name, value)
 
 
 @contextmanager
@@ -292,7 +308,8 @@ def _check_packing(stage: ObjectiveSpec, arguments: dict[str, Any], model: Any, 
     """Documents that share a sequence must not see one another, on the attention backend in use."""
     if not arguments.get("packing") or arguments.get("packing_strategy") == "wrapped":
         return None
-    leak = probe.packing_leak(model, autocast=mixed)
+    with stage.method.with_exact_inputs(model):
+        leak = probe.packing_leak(model, autocast=mixed)
     if not leak <= probe.TOLERANCE:
         raise StageFailed(
             f"stage {stage.name}: with this model's attention, packed documents see one another (logits move by "
@@ -317,13 +334,13 @@ def _check_trainable(model: Any, planned: frozenset[str], stage: ObjectiveSpec) 
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) -> "TrainerCallback":
+def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) -> Any:
     """A callback that reports progress, stops on nan, seals checkpoints and honours SIGTERM."""
     from transformers import TrainerCallback
 
-    first_loss = getattr(stage, "first_loss", None)
-
     class Watcher(TrainerCallback):  # type: ignore[misc]
+        first_loss: float | None = getattr(stage, "first_loss", None)
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             event("progress", step=state.global_step, total=state.max_steps)
 
@@ -332,8 +349,8 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
                 return
             values = {key: logs.get(key) for key in ("loss", "grad_norm", "learning_rate")}
             _check_finite(stage, state.global_step, values)
-            if state.global_step == 1 and first_loss is not None:
-                _check_first_loss(stage, logs["loss"], first_loss)
+            if state.global_step == 1 and self.first_loss is not None:
+                _check_first_loss(stage, logs["loss"], self.first_loss)
             event("progress", step=state.global_step, total=state.max_steps, **values)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -29,10 +29,10 @@ class Budget(TrainerCallback):  # type: ignore[misc]
         """Fix the schedule now that the steps are counted; on a resume, restore what was averaged so far."""
         self._config.total_step = state.max_steps
         self._config.tinit = int(self._method.warmup_share * state.max_steps)
-        self._config.tfinal = int(self._method.final_share * state.max_steps)
+        self._config.tfinal = max(1, int(self._method.final_share * state.max_steps))
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.global_step and kept.is_file():
-            self._restore(load_file(kept))
+            self._restore(load_file(kept, device=str(next(self._tuner.parameters()).device)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update importance and set the entries beyond the budget to zero; gradients are still there."""

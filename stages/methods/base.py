@@ -1,9 +1,10 @@
 """The contract of an adaptation method."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from specs.base import Spec
 
@@ -44,6 +45,8 @@ class Start:
     """A folder for results that outlive the stage, keyed by content (Spectrum's scans); None keeps nothing."""
     seed: int = 17
     """The stage's seed, for methods that draw."""
+    sequence_length: int | None = None
+    """Tokens per sequence that the stage trains with."""
     rows: Callable[[], Iterator[tuple["torch.Tensor", "torch.Tensor"]]] = _no_rows
     """The stage's training rows, for methods that look at them first (LQ-LoRA): token ids and labels, each of
     shape (1, length); labels of -100 are not learned."""
@@ -73,6 +76,8 @@ class MethodSpec(Spec):
     """Whether activations can be recomputed in the backward pass (train.gradient_checkpointing)."""
     mergeable: ClassVar[bool] = True
     """Whether a plain model can hold what was trained. If not, the stage must be the last one."""
+    narrows: ClassVar[bool] = True
+    """Whether frozen weights can be held in ``train.weights_dtype``; quantised ones have a width of their own."""
     widest: ClassVar[str] = "float64"
     """The widest precision in which the trained model can compute; 4-bit kernels end at float32."""
     merge_tolerance: ClassVar[float] = 1e-4
@@ -126,6 +131,10 @@ class MethodSpec(Spec):
         """The trained model, on the CPU and computing in ``dtype``: what its merge is compared with."""
         return model.to(device="cpu", dtype=dtype)
 
+    def with_exact_inputs(self, model: "torch.nn.Module") -> AbstractContextManager[None]:
+        """Let ``model`` round none of its inputs meanwhile: 8-bit layers round all rows of a batch together."""
+        return nullcontext()
+
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Turn the loaded start model into the one that trains. Works on the meta device too, for counting.
 
@@ -156,13 +165,13 @@ class MethodSpec(Spec):
         """The trained model as a plain one of the start's architecture, in float32."""
         raise TypeError(f"method {self.kind} does not say how it merges")
 
-    def load_beneath(self, start: Path) -> "PreTrainedModel":
+    def load_beneath(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
         """The float32 model on the CPU that the stage's kept adapter belongs on: the start, unless it was quantised."""
         import torch
 
         from stages.model import load_plain
 
-        return load_plain(start, torch.float32)
+        return cast("PreTrainedModel", load_plain(start, dtype).to(torch.float32))
 
     @property
     def beneath(self) -> dict[str, Any]:

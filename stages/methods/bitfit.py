@@ -37,13 +37,12 @@ class Bitfit(MethodSpec):
         return [f"bitfit rebuilds the model with zeroed biases ({switched}); whatever serves it must know them"]
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
-        """Add zeroed biases where the config can have them, and train every bias of a linear layer."""
-        from stages.methods.targets import linear_modules
-
+        """Add zeroed biases where the config can have them, and train every bias but the output head's."""
         switched = [name for name in _SWITCHES if getattr(model.config, name, None) is False]
         if switched:
             model = _with_biases(model, switched)
-        names = frozenset(f"{name}.bias" for name, layer in linear_modules(model) if layer.bias is not None)
+        head = getattr(model.get_output_embeddings(), "bias", None)
+        names = frozenset(name for name, p in model.named_parameters() if name.endswith(".bias") and p is not head)
         if not names:
             raise InvalidInput(_refusal(model.config.model_type))
         train_only(model, names)
@@ -63,16 +62,25 @@ def _with_biases(model: "PreTrainedModel", switches: list[str]) -> "PreTrainedMo
     config = copy.deepcopy(model.config)
     for name in switches:
         setattr(config, name, True)
-    with torch.device(model.device):
-        # Not .to(dtype): that would round the rope's frequencies too.
+    with torch.device("meta"):  # the weights are taken over, not copied
         rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
-    missing = rebuilt.load_state_dict(model.state_dict(), strict=False).missing_keys
-    with torch.no_grad():
-        for name in missing:
-            rebuilt.get_parameter(name).zero_()
+    weights = dict(model.state_dict())
+    for name, parameter in rebuilt.named_parameters():
+        if name not in weights and name.endswith(".bias"):
+            weights[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+    rebuilt.load_state_dict(weights, assign=True)
+    _take_buffers(rebuilt, model)
+    rebuilt.tie_weights()
     rebuilt.generation_config = model.generation_config
     return cast("PreTrainedModel", rebuilt)
 
 
+def _take_buffers(rebuilt: "PreTrainedModel", model: "PreTrainedModel") -> None:
+    """What no checkpoint holds: the rope's frequencies, computed when a model is made, in float32."""
+    for name, buffer in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        setattr(rebuilt.get_submodule(owner), last, buffer)
+
+
 def _refusal(kind: str) -> str:
-    return f"method bitfit trains biases; {kind} has none and no setting that adds them: use lora, svf or full"
+    return f"method bitfit trains biases; {kind} has none, and no setting that we know adds them: use lora, svf or full"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_STRETCHED = ("default", "linear")
+"""Rope types whose positions can be interpolated further by one factor."""
 _SERVED = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
 """Architectures with rotary positions of one kind and attention that can be replaced by name."""
 
@@ -30,7 +32,8 @@ class Longlora(LowRank):
     context_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens that the model is to read; beyond what it has, positions are interpolated (rope type linear)."""
     group_size: Annotated[int, Field(gt=1)] | None = None
-    """Tokens that attend to one another while training; a quarter of the context where it is not given."""
+    """Tokens that attend to one another while training; a quarter of the stage's sequence length where it is not
+    given."""
 
     starts_exactly: ClassVar[bool] = False
     objectives: ClassVar[tuple[str, ...]] = ("cpt", "ift")
@@ -39,9 +42,24 @@ class Longlora(LowRank):
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Architectures without rotary positions, or with several kinds of them."""
         kind = config.get("model_type")
-        if kind in _SERVED:
+        if kind not in _SERVED:
+            return f"method longlora cannot serve {kind}; it serves {', '.join(_SERVED)}. Use lora"
+        if self.context_length is None:
             return None
-        return f"method longlora cannot serve {kind}; it serves {', '.join(_SERVED)}. Use lora"
+        limit, rope = int(config["max_position_embeddings"]), _rope(config)
+        if self.context_length <= limit:
+            return (
+                f"method longlora: context_length {self.context_length} is not beyond the {limit} positions of this "
+                "model and changes nothing; remove it, or raise it"
+            )
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling not in _STRETCHED or kind == "phi3":
+            found = f"a rope of type {scaling}" if scaling not in _STRETCHED else "phi3, whose rope takes no factor"
+            return (
+                f"method longlora stretches ropes of type {' or '.join(_STRETCHED)}, and this model has {found}; "
+                "remove context_length to train within the context that it has"
+            )
+        return None
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Stretch the rope, switch attention to groups, add adapters, and train embeddings and norms beside them."""
@@ -50,7 +68,8 @@ class Longlora(LowRank):
         from stages.methods.shifted_attention import NAME, register
 
         factor = _stretch(model, self.context_length)
-        group = self.group_size or max(2, model.config.max_position_embeddings // 4)
+        length = start.sequence_length or model.config.max_position_embeddings
+        group = self.group_size or max(2, length // 4)
         register(group)
         settings = self.adapter_config(model, start)
         settings.modules_to_save = _whole(model)
@@ -67,17 +86,28 @@ class Longlora(LowRank):
         return plain
 
 
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """How a config scales its rope: in today's key or the one of older checkpoints."""
+    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
 def _stretch(model: "PreTrainedModel", context_length: int | None) -> float:
-    """Interpolate positions so that ``context_length`` of them fall into the trained range (arXiv 2306.15595)."""
+    """Interpolate positions so that ``context_length`` of them fall into the trained range (arXiv 2306.15595).
+
+    Returns:
+        The factor by which positions are divided, over all stages that stretched them.
+    """
     config = cast("Any", model.config)
-    if context_length is None or context_length <= config.max_position_embeddings:
-        return 1.0
-    factor = context_length / config.max_position_embeddings
+    rope = _rope(config.to_dict())
+    before = float(rope.get("factor") or 1.0)
+    if context_length is None:
+        return before
+    factor = before * context_length / int(config.max_position_embeddings)
     config.rope_parameters = dict(config.rope_parameters) | {"rope_type": "linear", "factor": factor}
     config.max_position_embeddings = context_length
     backbone = cast("Any", model).base_model
     backbone.rotary_emb = type(backbone.rotary_emb)(config).to(backbone.rotary_emb.inv_freq.device)
-    return float(factor)
+    return factor
 
 
 def _whole(model: "PreTrainedModel") -> list[str]:

@@ -15,8 +15,8 @@ class Milora(ResidualLowRank):
 
     def factors(self, weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
         """The last ``rank`` singular triples: B = U sqrt(S), A = sqrt(S) V^T."""
-        import torch
+        from stages.tuner.factors import singular_factors
 
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        u, s, v = singular_factors(weight)
         root = s[-self.rank :].sqrt()
         return u[:, -self.rank :] * root, root[:, None] * v[-self.rank :]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Olora(ResidualLowRank):
-    """LoRA that starts from the QR decomposition of each weight: B has orthonormal columns."""
+    """LoRA that starts from the QR decomposition of each weight: the columns of B are orthogonal."""
 
     kind: Literal["olora"]
 

@@ -22,8 +22,10 @@ class Pissa(ResidualLowRank):
         """The first ``rank`` singular triples: B = U sqrt(S), A = sqrt(S) V^T (eq. 2 and 3)."""
         import torch
 
+        from stages.tuner.factors import singular_factors
+
         if self.svd_iterations is None:
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            u, s, v = singular_factors(weight)
         else:
             u, s, columns = torch.svd_lowrank(weight, self.rank, niter=self.svd_iterations)
             v = columns.T

@@ -8,6 +8,8 @@ layout that its own backward pass and dequantisation then read wrongly, without 
 closes that for every 4-bit model, where it is loaded; 8-bit layers have no such path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -39,6 +41,7 @@ class Quantised(LowRank):
     weights have no such thing."""
 
     starts_exactly: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
     widest: ClassVar[str] = "float32"
     requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
 
@@ -127,7 +130,19 @@ class Quantised(LowRank):
                 layer.forward = _multiply_with(layer)
         return model
 
-    def load_beneath(self, start: Path) -> "PreTrainedModel":
+    @contextmanager
+    def with_exact_inputs(self, model: "torch.nn.Module") -> Iterator[None]:
+        """8-bit layers multiply with their dequantised weights, as `for_comparison` lets them for good."""
+        layers = [cast("Any", m) for m in model.modules() if is_quantised(m) and not hasattr(m, "compute_dtype")]
+        for layer in layers:
+            layer.forward = _multiply_with(layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def load_beneath(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
         """The start model with its quantised weights dequantised: what the adapters were trained over."""
         import torch
 
@@ -177,13 +192,13 @@ class Qlora(Quantised):
         """Whether the merge is the trained model: not where it goes into the original weights."""
         return self.merge_into == "dequantized"
 
-    def load_beneath(self, start: Path) -> "PreTrainedModel":
+    def load_beneath(self, start: Path, dtype: "torch.dtype") -> "PreTrainedModel":
         """What the adapters are folded into, whatever they were trained over."""
         import torch
 
         from stages.model import load_plain
 
-        return load_plain(start, torch.float32) if self.merge_into == "original" else super().load_beneath(start)
+        return load_plain(start, torch.float32) if self.merge_into == "original" else super().load_beneath(start, dtype)
 
     @property
     def beneath(self) -> dict[str, Any]:
@@ -218,7 +233,7 @@ def float_experts(kind: str, config: dict[str, Any]) -> list[str]:
         return []
     return [
         f"{kind} leaves the {count} experts of each layer in float32: they are one three-dimensional parameter, which "
-        "no quantised layer holds; little memory is saved"
+        "no quantised layer holds; method lora with train.weights_dtype bfloat16 takes less memory"
     ]
 
 

@@ -70,23 +70,30 @@ def _grouped(
         padded = functional.pad(tensor, (0, 0, left, right))
         return padded.view(batch, heads, count, size, width).transpose(1, 2).reshape(-1, heads, size, width)
 
-    allowed = _blocks(mask, batch, length, size, left, right, query.device)
+    allowed = _blocks(mask, batch, length, size, left, count, query.device)
     found = functional.scaled_dot_product_attention(split(query), split(key), split(value), allowed, **options)
     joined = found.view(batch, count, heads, size, width).transpose(1, 2).reshape(batch, heads, -1, width)
     return joined[:, :, left : left + length]
 
 
 def _blocks(
-    mask: torch.Tensor | None, batch: int, length: int, size: int, left: int, right: int, device: torch.device
+    mask: torch.Tensor | None, batch: int, length: int, size: int, left: int, count: int, device: torch.device
 ) -> torch.Tensor:
-    """The blocks on the diagonal of the mask, one per group: (batch x groups, 1, size, size), true where seen."""
-    if mask is None:
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-    elif mask.dtype != torch.bool:
-        mask = mask >= 0
-    padded = functional.pad(mask.expand(batch, -1, -1, -1), (left, right, left, right), value=False)
-    starts = range(0, padded.shape[-1], size)
-    blocks = torch.stack([padded[:, 0, n : n + size, n : n + size] for n in starts], 1)
+    """Who sees whom in each group, padding included: (batch x groups, 1, size, size), true where seen.
+
+    Never as large as the whole mask: of the ``count`` groups only the blocks on its diagonal are made.
+    """
+    blocks = torch.zeros(batch, count, size, size, dtype=torch.bool, device=device)
+    for group in range(count):
+        first = group * size - left
+        low, high = max(first, 0), min(first + size, length)
+        inside = slice(low - first, high - first)
+        if mask is None:
+            seen = torch.ones(high - low, high - low, dtype=torch.bool, device=device).tril()
+        else:
+            part = mask[:, 0, low:high, low:high]
+            seen = part if part.dtype == torch.bool else part >= 0
+        blocks[:, group, inside, inside] = seen
     # Padding sees itself: a row in which nothing is seen would be nan.
-    blocks = blocks | torch.eye(size, dtype=torch.bool, device=device)
+    blocks |= torch.eye(size, dtype=torch.bool, device=device)
     return blocks.reshape(-1, 1, size, size)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import NAMES, write_architecture
-from methods_table import MERGEABLE, METHODS, label
+from methods_table import MERGEABLE, METHODS, label, method_of
 
 from stages import merge, probe
 from stages.artifact import MODEL
@@ -83,6 +83,28 @@ def test_a_method_serves_an_architecture_exactly_or_says_that_it_cannot(
     assert changed <= method.config_changes
     if config["tie_word_embeddings"]:
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weights_held_in_bfloat16_are_merged_as_they_were_held(kind, architecture, starts, tmp_path, monkeypatch):
+    """A factor that is no weight, such as Gemma's on its embeddings, must not be rounded with them."""
+    monkeypatch.setattr(merge, "set_stop_tokens", lambda *_: None)
+    start, method = Start(starts[architecture]), method_of(kind)
+    model = method.prepare(method.load(start.model, torch.bfloat16, torch.bfloat16), start).model
+    _, record = hand_over(method, model, NoTokenizer(), start, tmp_path)
+    assert record["max_logit_error"] <= 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "mixtral", "qwen2_moe", "qwen3"])
+def test_longlora_stretches_every_architecture_that_it_serves(architecture, starts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "set_stop_tokens", lambda *_: None)
+    start, method = Start(starts[architecture]), method_of("longlora", context_length=256)
+    assert method.unsupported(json.loads((start.model / "config.json").read_text())) is None
+    model = method.prepare(method.load(start.model, torch.float32, torch.float32), start).model
+    train(model)
+    hand_over(method, model, NoTokenizer(), start, tmp_path)
+    assert json.loads((tmp_path / MODEL / "config.json").read_text())["rope_parameters"]["factor"] == 2.0
 
 
 def test_every_method_serves_at_least_a_llama(starts):

@@ -169,6 +169,20 @@ def test_bitfit_says_that_it_rebuilds_a_model_without_biases(tmp_path):
     assert method_of("bitfit").notes(config | {"attention_bias": True, "mlp_bias": True}) == []
 
 
+@pytest.mark.parametrize(("architecture", "count"), [("gpt2", 1_088), ("gpt_neox", 896)])
+def test_bitfit_trains_the_biases_of_norms_too(architecture, count, tmp_path):
+    model = load_plain(write_architecture(architecture, tmp_path), torch.float32)
+    assert trained_count(method_of("bitfit"), model) == count
+
+
+def test_bitfit_takes_the_weights_over_without_a_copy():
+    model = tiny_llama()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    rebuilt = method_of("bitfit").prepare(model, Start(Path("nowhere"))).model
+    after = {name: p.data_ptr() for name, p in rebuilt.named_parameters()}
+    assert all(after[name] == place for name, place in before.items())
+
+
 # LongLoRA
 
 
@@ -264,6 +278,46 @@ def test_a_longer_context_is_in_the_config_of_the_merged_model(tied, tmp_path):
     assert again.config.tie_word_embeddings == tied
     ids = torch.randint(0, 300, (1, 200))
     torch.testing.assert_close(outputs(again, ids), outputs(plain.eval(), ids))
+
+
+def test_a_rope_that_was_stretched_before_is_stretched_on(tmp_path):
+    first = method_of("longlora", context_length=512)
+    first.finish(first.prepare(tiny_llama(), Start(Path("nowhere"))).model, Start(Path("nowhere"))).save_pretrained(
+        tmp_path
+    )
+    model = load_plain(tmp_path, torch.float32)
+    before = model.model.rotary_emb.inv_freq.clone()
+    prepared = method_of("longlora", context_length=1024).prepare(model, Start(tmp_path))
+    assert prepared.record["rope_factor"] == 8.0
+    after = prepared.model.base_model.model.model.rotary_emb.inv_freq
+    assert torch.allclose(before / after, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"model_type": "gpt2"}, "longlora cannot serve gpt2"),
+        ({"model_type": "llama", "max_position_embeddings": 512}, "512 is not beyond the 512 positions"),
+        (
+            {"model_type": "llama", "max_position_embeddings": 128, "rope_parameters": {"rope_type": "llama3"}},
+            "this model has a rope of type llama3",
+        ),
+        (
+            {"model_type": "llama", "max_position_embeddings": 128, "rope_scaling": {"type": "dynamic"}},
+            "this model has a rope of type dynamic",
+        ),
+        ({"model_type": "phi3", "max_position_embeddings": 128}, "phi3, whose rope takes no factor"),
+    ],
+)
+def test_a_context_that_cannot_be_stretched_is_refused(config, complaint):
+    assert complaint in method_of("longlora", context_length=512).unsupported(config)
+
+
+@pytest.mark.parametrize(("given", "length", "group"), [(None, 40, 10), (None, None, 32), (6, 40, 6)])
+def test_a_group_is_a_quarter_of_what_the_stage_trains_on(given, length, group):
+    method = method_of("longlora", group_size=given)
+    record = method.prepare(tiny_llama(), Start(Path("nowhere"), sequence_length=length)).record
+    assert record["group_size"] == group
 
 
 def test_longlora_is_refused_where_log_probabilities_are_compared():

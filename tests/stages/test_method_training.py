@@ -15,6 +15,7 @@ from stages import probe
 from stages.dpo import Dpo
 from stages.errors import TryAgain
 from stages.ift import Ift
+from stages.merge import hand_over
 from stages.methods.adalora import orthogonality
 from stages.methods.base import MethodSpec, Start
 from stages.model import load_plain, load_tokenizer
@@ -186,7 +187,9 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(method, trai
 
 @pytest.mark.parametrize("architecture", ["mixtral", "phi3", "gpt2"])
 @pytest.mark.parametrize("kind", ["full", "spectrum", "lora"])
-def test_a_resume_is_exact_where_weights_are_held_otherwise_than_they_are_kept(kind, architecture, train_on, tmp_path):
+def test_a_resume_is_exact_where_weights_are_held_otherwise_than_they_are_kept(
+    kind, architecture, train_on, tmp_path, base_model
+):
     """Experts and parts of fused projections: transformers writes the first by other names than it holds them."""
     base = write_architecture(architecture, tmp_path / "base")
     stage = stage_of(method_of(kind), max_steps=4, packing=False)
@@ -196,6 +199,26 @@ def test_a_resume_is_exact_where_weights_are_held_otherwise_than_they_are_kept(k
     resumed, _ = train_on(stage, folder=tmp_path / "stopped", base=base)
     wanted, found = trained_weights(whole), trained_weights(resumed)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    # What the trainer switched on in the config, a mixture's router logits, is no part of the model.
+    _, record = hand_over(stage.method, resumed.model, load_tokenizer(base_model), Start(base), tmp_path)
+    assert record["max_logit_error"] <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_mixtures_balancing_loss_is_not_taken_for_a_wrong_reference(kind, train_on, tmp_path):
+    base = write_architecture("mixtral", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": 0.02}))
+    prepared, record = train_on(stage_of(method_of(kind), Dpo, max_steps=1), base=base)
+    assert record["curve"][0]["loss"] > math.log(2) + 0.02
+    assert prepared.model.config.output_router_logits is False
+    assert prepared.model.config.router_aux_loss_coef == 0.02
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4"])
+def test_rounding_of_inputs_is_not_taken_for_a_leak_between_packed_documents(quantization, train_on):
+    _, record = train_on(stage_of(method_of("qlora", quantization=quantization), max_steps=1, packing=True))
+    assert record["packing_leak"] <= probe.TOLERANCE
 
 
 # What methods add to the trainer

@@ -17,6 +17,7 @@ from stages.dpo import Dpo
 from stages.errors import InvalidInput, StageFailed
 from stages.ift import IGNORED, Ift
 from stages.methods.base import Start
+from stages.methods.full import Full
 from stages.model import load_plain, load_tokenizer
 from stages.train import fit, trainer_arguments
 
@@ -442,3 +443,4 @@ def test_attention_that_lets_packed_documents_meet_is_refused(base_model, monkey
 
 class _Named:
     name = "only"
+    method = Full(kind="full")
