@@ -25,6 +25,9 @@ app = App(
     suppress_keyboard_interrupt=False,  # we have an exit code of our own for it
 )
 
+DEFAULT_SPEC = "spec.yaml"
+"""The spec of a project folder."""
+
 SpecFile = Annotated[Path, Parameter(help="The spec file.")]
 Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
 
@@ -139,7 +142,7 @@ def run(
         print_summary(summary)
     if summary.release is not None:
         print(f"model:  {_described(summary.release)}")  # noqa: T201
-        print(f"chat:   trivium chat {spec.parent}")  # noqa: T201
+        print(f"chat:   trivium chat {spec.parent if spec.name == DEFAULT_SPEC else spec}")  # noqa: T201
 
 
 def _described(release: Path) -> str:
@@ -224,17 +227,20 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     from flows.engine import Run
     from stages.artifact import MANIFEST
     from stages.chat import converse
+    from stages.log import quiet
 
     if (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
-        converse(folder, prompt, max_tokens)
+        with quiet():
+            converse(folder, prompt, max_tokens)
         return
-    spec = folder / "spec.yaml" if folder.is_dir() else folder
+    spec = folder / DEFAULT_SPEC if folder.is_dir() else folder
     if not spec.is_file():
-        raise InvalidInput(f"{folder}: neither a model nor a project: no config.json, no spec.yaml")
+        raise InvalidInput(f"{folder}: neither a model nor a project: no config.json, no {DEFAULT_SPEC}")
     last = Run(spec, root_of(spec, root)).plan().steps[-1]
     if last.artifact is None:
         raise InvalidInput(f"{spec}: no model is released yet; `trivium run {spec}` makes one")
-    converse(last.artifact.loadable, prompt, max_tokens)
+    with quiet():
+        converse(last.artifact.loadable, prompt, max_tokens)
 
 
 @app.command
@@ -249,8 +255,10 @@ def adapters(artifacts: list[Path], *, prompts: Path | None = None, max_tokens: 
         max_tokens: Longest answer.
     """
     from stages.chat import converse_with_adapters
+    from stages.log import quiet
 
-    converse_with_adapters(artifacts, prompts, max_tokens)
+    with quiet():
+        converse_with_adapters(artifacts, prompts, max_tokens)
 
 
 @app.command
@@ -270,8 +278,10 @@ def combine(
         dtype: Precision of the written weights.
     """
     from stages.combine import combine as add_up
+    from stages.log import quiet
 
-    record = add_up(artifacts, [1.0] * len(artifacts) if weight is None else weight, to, dtype)
+    with quiet():
+        record = add_up(artifacts, [1.0] * len(artifacts) if weight is None else weight, to, dtype)
     for part in record["parts"]:
         print(f"{part['weight']:+g} x {part['artifact']}")  # noqa: T201
     print(f"model:  {to} (logits differ from the sum by {record['max_logit_error']:.1e} at most)")  # noqa: T201

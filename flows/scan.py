@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flows.terminal import err, out
+from stages.artifact import require_writable
+from stages.errors import InvalidInput
 from stages.layout import read_layout
 
 if TYPE_CHECKING:
@@ -31,9 +33,10 @@ def scan_model(model: Path, name: str, output: Path, percent: float, by: "Kind",
         embeddings: whether the list to unfreeze opens with head and embedding.
 
     Raises:
-        InvalidInput: not a checkpoint that can be scanned.
+        InvalidInput: not a checkpoint that can be scanned, or an output folder that cannot be written to.
     """
     layout = read_layout(model)  # before numpy: a wrong path is answered at once
+    _make(output)
     from stages import plots
     from stages.scan import files, walk
     from stages.scan.select import ranks, top
@@ -55,6 +58,16 @@ def scan_model(model: Path, name: str, output: Path, percent: float, by: "Kind",
     plots.draw_spectrum(rows, output / plots.SPECTRUM)
     for file in (*written, output / plots.SPECTRUM):
         out.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+def _make(output: Path) -> None:
+    """Make sure of the output folder before the work, which may take an hour."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "a file, not a folder" if output.is_file() else f"cannot be made ({error.strerror})"
+        raise InvalidInput(f"{output}: {reason}; name another folder with --output") from error
+    require_writable(output)
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """What a run looks like in a terminal: one line per step, progress bars, a table at the end."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -13,7 +14,19 @@ from flows.process import Event
 from flows.summary import Summary
 from stages.plan import Plan, Step
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+PIPED = 120
+"""Columns of a table that goes into a file or a pipe, unless ``COLUMNS`` says otherwise."""
+
+
+def width(environment: Mapping[str, str], *, is_terminal: bool) -> int | None:
+    """Columns to print in: the ones that ``COLUMNS`` names, or the terminal's own (None)."""
+    asked = environment.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return None if is_terminal else PIPED
+
+
+out = Console(highlight=False, width=width(os.environ, is_terminal=sys.stdout.isatty()))
 err = Console(stderr=True, highlight=False)
 
 

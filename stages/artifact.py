@@ -10,13 +10,14 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint
-from stages.errors import StageFailed
+from stages.errors import InvalidInput, StageFailed
 
 MANIFEST = "manifest.json"
 MODEL = "model"
@@ -88,6 +89,19 @@ def sha256(path: Path) -> str:
     """The sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_writable(folder: Path) -> None:
+    """Write and remove a file in ``folder``: rights and mounts have too many rules to ask instead.
+
+    Raises:
+        InvalidInput: nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"{folder}: cannot be written to ({error.strerror}); name another folder") from error
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -235,7 +249,7 @@ def verified(artifact: Artifact) -> Artifact:
     if found:
         raise StageFailed(
             f"{artifact.path}: damaged since it was published: {'; '.join(found)}. "
-            "Move the folder away and run again: that stage and those after it are made anew"
+            "Run `trivium run` on the spec: the folder is set aside, and that stage and those after it are made anew"
         )
     return artifact
 

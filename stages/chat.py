@@ -26,11 +26,8 @@ def converse(folder: Path, prompt: str | None, max_tokens: int) -> None:
     Raises:
         InvalidInput: the folder holds no chat model.
     """
-    from transformers import logging
-
     from stages.conversation import render
 
-    logging.set_verbosity_error()
     model, tokenizer = load(folder, device=training_device())
     render(tokenizer, [{"role": "user", "content": "a"}], ask=True)
     messages: Messages = []
@@ -53,9 +50,6 @@ def converse_with_adapters(folders: Sequence[Path], prompts: Path | None, max_to
     Raises:
         InvalidInput: the artifacts cannot be served together, or a row cannot be used.
     """
-    from transformers import logging
-
-    logging.set_verbosity_error()
     rows = None if prompts is None else _rows(prompts)
     served = with_adapters(folders)
     if rows is None:

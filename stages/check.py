@@ -54,7 +54,8 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
         found.append((("model", "chat_template"), f"{folder / template}: no such file"))
     for number, stage in enumerate(pipeline.stages):
         place: Location = ("stages", number)
-        found += [((*place, "method"), message) for message in _missing(stage.method, folder)]
+        found += [((*place, "method"), message) for message in _missing(stage.method)]
+        found += _file_problems(stage.method, place, folder, layout)
         found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
         found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
         for source_number, source in enumerate(stage.data):
@@ -69,14 +70,18 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
     return found
 
 
-def _missing(method: MethodSpec, folder: Path) -> Iterator[str]:
-    """Packages and files that a method needs and that are not there."""
+def _missing(method: MethodSpec) -> Iterator[str]:
+    """Packages that a method needs and that are not there."""
     for package in method.requires:
         if importlib.util.find_spec(package) is None:
             yield f"method {method.kind} needs the package {package}: pip install {package}"
-    for name in method.files():
-        if not (folder / name).is_file():
-            yield f"{folder / name}: no such file"
+
+
+def _file_problems(method: MethodSpec, place: Location, folder: Path, layout: Layout | None) -> Found:
+    """The files that a method reads, held against the model unless that one is refused as a whole."""
+    served = layout is not None and method.unsupported(layout.config) is None
+    found = method.file_problems(folder, layout if served else None)
+    return [((*place, "method", field), message) for field, message in found]
 
 
 def check_inputs(pipeline: Pipeline, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import probe
-from stages.artifact import ADAPTER, Artifact, find, read, short, verified, write_json
+from stages.artifact import ADAPTER, Artifact, find, read, require_writable, short, verified, write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens
 
@@ -89,6 +89,9 @@ def _check_request(artifacts: Sequence[Path], weights: Sequence[float], target: 
         raise InvalidInput(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
     if os.path.lexists(target):
         raise InvalidInput(f"{target}: exists already; name a new folder")
+    if not target.parent.is_dir():
+        raise InvalidInput(f"{target}: {target.parent} is no folder; make it first, or name another place")
+    require_writable(target.parent)
 
 
 def _part(folder: Path) -> Artifact:

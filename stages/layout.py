@@ -220,13 +220,14 @@ def identify(module: str) -> Key | None:
 
 def spellings(matrix: Matrix) -> frozenset[str]:
     """The module names of a matrix, today's and those of older transformers (experts had modules of their own)."""
-    found = {matrix.module, matrix.module.replace(".mlp.", ".block_sparse_moe.")}
-    stem = re.match(r"(.*\.)(?:mlp|block_sparse_moe)\.experts\.", matrix.module)
+    name = matrix.module
+    found = {name, name.replace(".mlp.", ".block_sparse_moe."), name.replace(".block_sparse_moe.", ".mlp.")}
+    stem = re.match(r"(.*\.)(?:mlp|block_sparse_moe)\.experts\.", name)
     if stem is not None and matrix.expert is not None:
         label = matrix.type.rsplit(".", 1)[-1]
-        old = [name for name, what in _EXPERT_TYPES.items() if what == label]
+        last = [label, *(name for name, what in _EXPERT_TYPES.items() if what == label)]
         found |= {
-            f"{stem[1]}{block}.experts.{matrix.expert}.{name}" for block in ("mlp", "block_sparse_moe") for name in old
+            f"{stem[1]}{block}.experts.{matrix.expert}.{name}" for block in ("mlp", "block_sparse_moe") for name in last
         }
     return frozenset(found)
 
@@ -340,7 +341,9 @@ def _files(folder: Path) -> list[Path]:
         if not found:
             raise InvalidInput(f"{folder}: no safetensors files; convert the weights with save_pretrained first")
         return found
-    named = _json(index, "").get("weight_map", {})
+    named = _json(index, "").get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise InvalidInput(f"{index}: its weight_map should give the file of each weight, and does not; fetch it again")
     files = [folder / name for name in sorted(set(named.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -357,15 +360,20 @@ def _header(file: Path) -> list[Tensor]:
             raise InvalidInput(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"{file}: its header cannot be read ({error}); fetch it again") from error
     base = 8 + length
-    found = [
-        Tensor(name, file, entry["dtype"], tuple(entry["shape"]), base + first, base + last)
-        for name, entry in header.items()
-        if name != "__metadata__"
-        for first, last in [entry["data_offsets"]]
-    ]
+    try:
+        found = [
+            Tensor(
+                name, file, str(entry["dtype"]), tuple(int(side) for side in entry["shape"]), base + first, base + last
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+            for first, last in [entry["data_offsets"]]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{file}: its header does not describe tensors; fetch it again") from error
     if any(tensor.stop > size for tensor in found):
         raise InvalidInput(f"{file}: cut off: its header promises more than its {size} bytes; fetch it again")
     return sorted(found, key=lambda tensor: tensor.start)
@@ -376,7 +384,7 @@ def _json(file: Path, missing: str) -> dict[str, Any]:
         raise InvalidInput(missing)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{file}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise InvalidInput(f"{file}: not a JSON object")

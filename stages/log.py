@@ -1,9 +1,11 @@
 """What a stage's process tells the one that started it: JSON lines on a channel of their own."""
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +47,30 @@ def info(message: str) -> None:
 def so_far() -> dict[str, float]:
     """The phase at work and its seconds until now."""
     return {_phase: time.monotonic() - _phase_began}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars, warnings and advice off the terminal of a command that answers people."""
+    from transformers.utils import logging as own
+
+    others = [logging.getLogger(name) for name in ("bitsandbytes", "torchao", "kernels")]
+    before, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    levels = [logger.level for logger in others]
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    for logger in others:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.set_verbosity(before)
+        if bars:
+            own.enable_progress_bar()
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

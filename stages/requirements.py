@@ -35,11 +35,19 @@ def stage_problems(stage: ObjectiveSpec, layout: Layout | None) -> Iterator[tupl
     if stage.kind not in method.objectives:
         suited = " and ".join(method.objectives)
         yield ("method", "kind"), f"method {method.kind} does not suit objective {stage.kind}; it suits {suited}"
+    if not method.narrows and stage.train.weights_dtype != "float32":
+        yield (
+            ("train", "weights_dtype"),
+            f"method {method.kind} holds its linear layers in few bits and the rest in float32 whatever this says; "
+            "remove it (train.precision: bfloat16 is what multiplies in bfloat16)",
+        )
     refused = None if layout is None else method.unsupported(layout.config)
     if refused is not None:
         yield ("method", "kind"), refused
         return
     yield from _position_problems(stage, layout)
+    for field, message in () if layout is None else method.field_problems(layout.config):
+        yield ("method", field), message
     for number, name in enumerate(method.targets() or ()):
         problem = _target_problem(name, layout)
         if problem:
@@ -91,7 +99,14 @@ def _position_problems(stage: ObjectiveSpec, layout: Layout | None) -> Iterator[
     config = {} if layout is None else layout.config
     limit = config.get("max_position_embeddings", config.get("n_positions"))
     taken = stage.method.positions
-    if taken and isinstance(limit, int) and taken + stage.train.sequence_length > limit:
+    if not taken or not isinstance(limit, int):
+        return
+    if taken >= limit:
+        yield (
+            ("method", "virtual_tokens"),
+            f"{taken} leave no position for text, as this model has {limit}; must be below {limit}",
+        )
+    elif taken + stage.train.sequence_length > limit:
         yield (
             ("train", "sequence_length"),
             f"{stage.train.sequence_length} tokens and {taken} virtual ones are more than this model has positions "
@@ -106,7 +121,8 @@ def _target_problem(wanted: str, layout: Layout | None) -> str | None:
     if last in EMBEDDINGS or any(name is not None and _ends(name.removesuffix(".weight"), wanted) for name in outside):
         return (
             f"{wanted!r} is an embedding or the output head: where the two are tied, a merged adapter there gives "
-            "another model than the trained one; remove it. Methods full and longlora train embeddings whole"
+            "another model than the trained one; remove it. Methods full, longlora, and spectrum with "
+            "`embeddings: true` train embeddings whole"
         )
     if layout is None:
         return None
@@ -128,12 +144,15 @@ def _rank_problems(method: MethodSpec, layout: Layout) -> Iterator[tuple[Locatio
     if ranked is None or not method.rank_is_bounded or not matrices:
         return
     field, rank = ranked
-    name, shape = min(matrices.items(), key=lambda entry: min(entry[1]))
-    if rank > min(shape):
+    transposed = layout.is_conv1d
+    limits = {name: method.rank_limit(*(reversed(shape) if transposed else shape)) for name, shape in matrices.items()}
+    name, limit = min(limits.items(), key=lambda entry: entry[1])
+    if rank > limit:
+        shape = matrices[name]
         yield (
             ("method", field),
-            f"{rank} is larger than the smaller side of {name} ({shape[0]} x {shape[1]}); the largest {field} "
-            f"allowed here is {min(shape)}, or leave that module out of target_modules",
+            f"{rank} is larger than {method.rank_bound} of {name} ({shape[0]} x {shape[1]}); the largest {field} "
+            f"allowed here is {limit}, or leave that module out of target_modules",
         )
 
 

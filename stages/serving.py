@@ -95,6 +95,12 @@ class Kept:
         return f"stage-{self.name}"
 
     @property
+    def weights_dtype(self) -> str:
+        """The precision in which the stage held the weights beneath the adapter."""
+        held = self.artifact.manifest["inputs"]["stage"]["train"]["weights_dtype"]
+        return str(held) if self.method.narrows else "float32"
+
+    @property
     def type(self) -> str:
         """PEFT's name of the adapter's kind."""
         return str(self.settings.get("peft_type"))
@@ -106,7 +112,9 @@ class Kept:
             return "DoRA rescales the base's own output, for all rows of a batch alike"
         if self.settings.get("modules_to_save"):
             return "it replaces whole modules of the base"
-        return None if self.type in _MIXABLE else f"PEFT does not keep {self.type} adapters apart within a batch"
+        if self.type in _MIXABLE:
+            return None
+        return f"PEFT does not keep adapters of method {self.method.kind} apart within a batch"
 
 
 class AdapterSet:
@@ -243,6 +251,8 @@ def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> A
         InvalidInput: they cannot be served from one base; the message names which and why.
         StageFailed: an artifact was damaged.
     """
+    import torch
+
     kept = _named([_kept(Path(folder)) for folder in folders])
     if not kept:
         raise InvalidInput("name at least one artifact")
@@ -250,7 +260,7 @@ def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> A
         _check_pair(kept[0], other)
     first = kept[0]
     tokenizer = load_tokenizer(first.artifact.model)
-    base = first.method.load_beneath(first.start.model)
+    base = first.method.load_beneath(first.start.model, getattr(torch, first.weights_dtype))
     set_stop_tokens(base, tokenizer)
     model = attach(base, first.artifact.path / ADAPTER, first.inside)
     for other in kept[1:]:
@@ -321,22 +331,25 @@ def _check_pair(first: Kept, other: Kept) -> None:
             f"{first.name} started from {first.start.path.name} and {other.name} from {other.start.path.name}: "
             "adapters share a base only if their stages started from the same model"
         )
-    if first.method.beneath != other.method.beneath:
+    if (first.method.beneath, first.weights_dtype) != (other.method.beneath, other.weights_dtype):
         raise InvalidInput(
-            f"{first.name} was trained over {_spelt(first.method)} and {other.name} over {_spelt(other.method)}: these "
-            "are different bases"
+            f"{first.name} was trained over {_spelt(first)} and {other.name} over {_spelt(other)}: these are different "
+            "bases"
         )
     if first.type != other.type:
         raise InvalidInput(
-            f"{first.name} is a {first.type} adapter and {other.name} a {other.type} one: PEFT holds one kind at a "
-            "time; serve them apart"
+            f"{first.name} is an adapter of method {first.method.kind} and {other.name} of {other.method.kind}: PEFT "
+            "cannot hold these kinds side by side; serve them apart"
         )
 
 
-def _spelt(method: MethodSpec) -> str:
-    """What lies beneath a method's adapter, for people."""
-    found = ", ".join(f"{name} {value}" for name, value in method.beneath.items())
-    return f"weights of {found}" if found else "the start's own weights"
+def _spelt(kept: Kept) -> str:
+    """What lies beneath an adapter, for people."""
+    found = ", ".join(f"{name} {value}" for name, value in kept.method.beneath.items())
+    if found:
+        return f"weights of {found}"
+    own = "the start's own weights"
+    return own if kept.weights_dtype == "float32" else f"{own} in {kept.weights_dtype}"
 
 
 def _check_served(served: AdapterSet, one: Kept) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, Trainer
 
+    from stages.layout import Layout
+
 
 class Prepared(NamedTuple):
     """A model ready to train, and the parameters that are meant to."""
@@ -95,7 +97,9 @@ class MethodSpec(Spec):
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages beyond torch and transformers that the method needs."""
     rank_is_bounded: ClassVar[bool] = True
-    """Whether ``rank`` (``initial_rank``), where a method has one, ends at the smaller side of each target matrix."""
+    """Whether ``rank`` (``initial_rank``), where a method has one, ends at `rank_limit` of each target matrix."""
+    rank_bound: ClassVar[str] = "the smaller side"
+    """What of a target matrix `rank_limit` is, for messages."""
 
     @property
     def positions(self) -> int:
@@ -109,6 +113,23 @@ class MethodSpec(Spec):
     def files(self) -> tuple[str, ...]:
         """Files of the spec's folder that the method reads; their content is part of the stage's identity."""
         return ()
+
+    def rank_limit(self, out: int, into: int) -> int:
+        """The largest rank that an update of a matrix with ``out`` outputs and ``into`` inputs can have."""
+        return min(out, into)
+
+    def field_problems(self, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Fields that do not fit a model, by its config.json: each with its name and a message."""
+        return iter(())
+
+    def file_problems(self, folder: Path, layout: "Layout | None") -> Iterator[tuple[str, str]]:
+        """What is wrong with the files that the method reads: the field that names the file, and a message.
+
+        Args:
+            folder: what the paths start from.
+            layout: the model's config and headers; None where only the files themselves can be looked at.
+        """
+        return iter(())
 
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Why the method cannot serve a model, by its config.json; None where it can.

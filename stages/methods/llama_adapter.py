@@ -1,5 +1,6 @@
 """LLaMA-Adapter (Zhang et al., arXiv 2303.16199): gated learned prompts inside the last layers' attention."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -27,16 +28,19 @@ class LlamaAdapter(Unmerged):
     trained: ClassVar[str] = ".adaption_"
 
     def unsupported(self, config: dict[str, Any]) -> str | None:
-        """Another architecture than PEFT knows, or fewer layers than asked for."""
+        """Another architecture than PEFT knows."""
         if model_type(config) not in ARCHITECTURES:
             return (
                 f"llama_adapter serves {', '.join(ARCHITECTURES)} models, and this one is {model_type(config)}; "
                 "use bottleneck or prefix_tuning"
             )
-        depth = int(config.get("num_hidden_layers", config.get("n_layer", 0)))
-        if self.layers is not None and self.layers > depth:
-            return f"layers is {self.layers}, and the model has {depth}; name {depth} or fewer, or leave it out"
         return None
+
+    def field_problems(self, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """More layers than there are."""
+        depth = config.get("num_hidden_layers", config.get("n_layer"))
+        if self.layers is not None and isinstance(depth, int) and self.layers > depth:
+            yield "layers", f"{self.layers}, and this model has {depth}; name {depth} or fewer, or leave it out"
 
     def adapter_config(self, model: "PreTrainedModel") -> "PeftConfig":
         """PEFT's own."""
@@ -44,5 +48,7 @@ class LlamaAdapter(Unmerged):
 
         if reason := self.unsupported(model.config.to_dict()):
             raise InvalidInput(reason)
+        for field, message in self.field_problems(model.config.to_dict()):
+            raise InvalidInput(f"{field}: {message}")
         depth = model.config.num_hidden_layers
         return AdaptionPromptConfig(adapter_len=self.length, adapter_layers=self.layers or depth, task_type="CAUSAL_LM")

@@ -36,6 +36,8 @@ class QaLora(LowRank):
 
     reference: ClassVar[Reference] = "precomputed"
     starts_exactly: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
+    rank_bound: ClassVar[str] = "the number of input groups (group_size)"
 
     @field_validator("group_size")
     @classmethod
@@ -43,6 +45,10 @@ class QaLora(LowRank):
         if size % 2:
             raise ValueError("group_size must be even: two 4-bit numbers share a byte")
         return size
+
+    def rank_limit(self, out: int, into: int) -> int:
+        """The adapter's A is (rank, groups)."""
+        return min(out, -(-into // self.group_size))
 
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Why a model has no layer to quantise; None where it has."""

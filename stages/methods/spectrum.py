@@ -5,12 +5,14 @@ reference does not say "much signal": see `stages.scan.score`, and hold a result
 `top_layers` before you believe in a selection.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stages.errors import InvalidInput
-from stages.layout import Key, Matrix, identify, read_layout, spellings
+from stages.layout import Key, Layout, Matrix, read_layout
 from stages.methods.base import MethodSpec, Prepared, Start
 from stages.methods.parts import embeddings, model_matrices, train_matrices, whole_again
 
@@ -18,8 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Table = dict[Key, dict[str, Any]]
-"""What is known of each matrix: module, type, layer, snr, snr_mp and, after a scan, counts of noise values."""
+    from stages.methods.spectrum_files import Table, Weights
 
 
 class Spectrum(MethodSpec):
@@ -53,6 +54,13 @@ class Spectrum(MethodSpec):
         """The files that replace a scan."""
         return tuple(name for name in (self.scores, self.unfrozen) if name is not None)
 
+    def file_problems(self, folder: Path, layout: Layout | None) -> Iterator[tuple[str, str]]:
+        """A file that is missing, holds no scores or names, or belongs to another model."""
+        for field in ("scores", "unfrozen"):
+            name = getattr(self, field)
+            if name is not None and (problem := self._file_problem(field, name, folder, layout)):
+                yield field, problem
+
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Quantised weights have another spectrum and cannot be trained."""
         if config.get("quantization_config"):
@@ -63,8 +71,10 @@ class Spectrum(MethodSpec):
         """Rank the model's matrices and unfreeze the best of each module type."""
         own = model_matrices(model)
         if self.unfrozen is not None:
-            chosen, also = self._listed(model, own, start)
-            return Prepared(model, train_matrices(model, chosen, also), {"unfrozen": [*also, *_modules(chosen)]})
+            from stages.methods.spectrum_files import listed_in, modules
+
+            chosen, also = listed_in(start.spec_folder / self.unfrozen, _weights(model, own))
+            return Prepared(model, train_matrices(model, chosen, also), {"unfrozen": [*also, *modules(chosen)]})
         table = self._table(model, own, start)
         places, chosen = self._best(own, table)
         also = embeddings(model) if self.embeddings else []
@@ -77,10 +87,34 @@ class Spectrum(MethodSpec):
         """Put parts of fused projections back; whole matrices are the model's own."""
         return whole_again(model)
 
-    def _table(self, model: "PreTrainedModel", own: tuple[Matrix, ...], start: Start) -> Table:
+    def _file_problem(self, field: str, name: str, folder: Path, layout: Layout | None) -> str | None:
+        """Why a file cannot take the place of a scan; without a layout only its own form is looked at."""
+        try:
+            if not name:
+                return "names no file; remove it, or give the path of one"
+            file = folder / name
+            if not file.is_file():
+                return f"{file}: {'a folder; name the file in it' if file.is_dir() else 'no such file'}"
+        except OSError as error:
+            return f"{name[:60]}: cannot be a file: {error.strerror}"
+        from stages.methods.spectrum_files import listed_in, scores_of, stored_weights
+        from stages.scan.files import read_patterns, read_scores
+
+        try:
+            if field == "scores":
+                read_scores(file) if layout is None else scores_of(file, stored_weights(layout), self.score)
+            else:
+                read_patterns(file) if layout is None else listed_in(file, stored_weights(layout))
+        except InvalidInput as error:
+            return str(error)
+        return None
+
+    def _table(self, model: "PreTrainedModel", own: tuple[Matrix, ...], start: Start) -> "Table":
         """The scores of the model's matrices: from the file, or from a scan of the start's files."""
         if self.scores is not None:
-            return _from_file(start.spec_folder / self.scores, model, own, self.score)
+            from stages.methods.spectrum_files import scores_of
+
+            return scores_of(start.spec_folder / self.scores, _weights(model, own), self.score)
         if model.device.type == "meta":  # to count, any matrices do: those of a type are of one size
             return {matrix.key: {"snr": 0.0, "snr_mp": 0.0} for matrix in own}
         from stages.log import info
@@ -101,7 +135,7 @@ class Spectrum(MethodSpec):
             )
         return found
 
-    def _best(self, own: tuple[Matrix, ...], table: Table) -> tuple[dict[Key, int], list[Matrix]]:
+    def _best(self, own: tuple[Matrix, ...], table: "Table") -> tuple[dict[Key, int], list[Matrix]]:
         """Each matrix's place within its type, and the matrices whose place is high enough."""
         from stages.scan.select import ranks, top
 
@@ -112,82 +146,11 @@ class Spectrum(MethodSpec):
         places = ranks(matrices, lambda matrix: float(table[matrix.key][column]))
         return places, top(matrices, places, self.top_percent)
 
-    def _listed(
-        self, model: "PreTrainedModel", own: tuple[Matrix, ...], start: Start
-    ) -> tuple[list[Matrix], list[str]]:
-        """The matrices and other parameters that the YAML file names."""
-        from stages.scan.files import matching, read_patterns
 
-        file = start.spec_folder / str(self.unfrozen)
-        names = _names(model, own)
-        targets = matching(read_patterns(file), names, file)
-        chosen = [matrix for matrix in own if matrix.module in targets]
-        if len(chosen) == len(own):
-            raise InvalidInput(f"{file}: names every weight matrix of this model; use method full, or name fewer")
-        return chosen, sorted(targets - set(_modules(own)))
+def _weights(model: "PreTrainedModel", own: tuple[Matrix, ...]) -> "Weights":
+    """A loaded model's weights as files are held against them."""
+    from stages.methods.spectrum_files import Weights
 
-
-def _modules(found: "tuple[Matrix, ...] | list[Matrix]") -> list[str]:
-    return [matrix.module for matrix in found]
-
-
-def _names(model: "PreTrainedModel", own: tuple[Matrix, ...]) -> dict[str, frozenset[str]]:
-    """What a pattern may match -> what it then means: modules of matrices, names of other parameters."""
-    inside: dict[str, list[str]] = {}
-    for matrix in own:
-        inside.setdefault(matrix.tensor, []).append(matrix.module)
-    names: dict[str, frozenset[str]] = {}
-    for parameter, _ in model.named_parameters():
-        meant = frozenset(inside.get(parameter, [parameter]))
-        names[parameter] = names[parameter.removesuffix(".weight")] = meant
-    for matrix in own:
-        for spelling in spellings(matrix):
-            names[spelling] = names[f"{spelling}.weight"] = frozenset([matrix.module])
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:  # a tied head has no parameter of its own; lists name it nevertheless
-            meant = frozenset(set(embeddings(model)) if f"{name}.weight" not in names else [f"{name}.weight"])
-            names[name] = names[f"{name}.weight"] = meant
-    return names
-
-
-def _from_file(file: Any, model: "PreTrainedModel", own: tuple[Matrix, ...], score: str) -> Table:
-    """The scores in a JSON file, held against the model.
-
-    A score of a fused projection stands for all its parts. Types that the file leaves out do not train.
-    """
-    from stages.scan.files import read_scores
-
-    found = {identify(module): (module, known) for module, known in read_scores(file).items()}
-    found.pop(None, None)  # embeddings and the last norm are not ranked
-    keys = {identify(name.removesuffix(".weight")) for name, _ in model.named_parameters()}
-    keys |= {matrix.key for matrix in own}
-    stranger = next((module for key, (module, _) in found.items() if key not in keys), None)
-    if stranger is not None:
-        raise InvalidInput(f"{file}: scores {stranger}, which this model does not have; scan this model itself")
-    table: Table = {}
-    order = {key: number for number, key in enumerate(found)}
-    for matrix in sorted(own, key=lambda one: order.get(_in(found, one), 0)):
-        if (key := _in(found, matrix)) in found:
-            _, known = found[key]
-            row = {"module": matrix.module, "type": matrix.type, "layer": matrix.layer, **known._asdict()}
-            if row["snr" if score == "reference" else "snr_mp"] is None:
-                raise InvalidInput(f"{file}: holds no {score} scores; `trivium scan` writes both into scan.json")
-            table[matrix.key] = row
-    _check_complete(file, own, table)
-    return table
-
-
-def _in(found: dict[Any, Any], matrix: Matrix) -> Key:
-    """The key under which a file scores a matrix: its own, or that of the fused projection it is a part of."""
-    layer, kind, expert = matrix.key
-    return matrix.key if matrix.key in found or matrix.part is None else (layer, kind.rsplit(".", 1)[0], expert)
-
-
-def _check_complete(file: Any, own: tuple[Matrix, ...], table: Table) -> None:
-    if not table:
-        raise InvalidInput(f"{file}: scores none of this model's weight matrices; scan this model itself")
-    kinds = {kind for _, kind, _ in table}
-    missing = next((matrix for matrix in own if matrix.type in kinds and matrix.key not in table), None)
-    if missing is not None:
-        raise InvalidInput(f"{file}: has no score for {missing.module}; scan this model itself")
+    heads = tuple(name for name, module in model.named_modules() if module is head)
+    return Weights(own, tuple(name for name, _ in model.named_parameters()), tuple(embeddings(model)), heads)

@@ -5,6 +5,7 @@ trained weights a step takes about 0.7 of the time of a selection that reaches d
 SmolLM2-135M), and fewer activations are kept.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -50,13 +51,16 @@ class TopLayers(MethodSpec):
         return self
 
     def unsupported(self, config: dict[str, Any]) -> str | None:
-        """Quantised weights cannot be trained; more layers than there are cannot either."""
+        """Quantised weights cannot be trained."""
         if config.get("quantization_config"):
             return "method top_layers trains whole weights, and those of this model are quantised; use qlora"
-        number = config.get("num_hidden_layers")
-        if self.layers is not None and isinstance(number, int) and self.layers > number:
-            return f"layers: {self.layers}, and this model has {number}; ask for fewer, or use method full"
         return None
+
+    def field_problems(self, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """More layers than there are."""
+        number = config.get("num_hidden_layers", config.get("n_layer"))
+        if self.layers is not None and isinstance(number, int) and self.layers > number:
+            yield "layers", f"{self.layers}, and this model has {number}; ask for fewer, or use method full"
 
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """Unfreeze the matrices of the last layers."""

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.artifact import write_json
 from stages.errors import InvalidInput
 from stages.layout import Layout
-from stages.scan.score import Kind
 from stages.scan.select import by_type, share
-from stages.scan.walk import Scored
+
+if TYPE_CHECKING:  # numpy and scipy come with these, and `validate` reads files only
+    from stages.scan.score import Kind
+    from stages.scan.walk import Scored
 
 FORMAT = 1
 
@@ -38,7 +40,7 @@ def slug(name: str) -> str:
 
 
 def write(
-    scored: Sequence[Scored], folder: Path, name: str, percent: float, by: Kind, always: Iterable[str] = ()
+    scored: "Sequence[Scored]", folder: Path, name: str, percent: float, by: "Kind", always: Iterable[str] = ()
 ) -> list[Path]:
     """Write a scan in all four formats.
 
@@ -76,7 +78,7 @@ def write(
     return [ours, *(folder / file for file in texts)]
 
 
-def as_row(one: Scored) -> dict[str, Any]:
+def as_row(one: "Scored") -> dict[str, Any]:
     """A scored matrix as a flat record."""
     matrix = one.matrix
     return {"module": matrix.module, "type": matrix.type, "layer": matrix.layer, **asdict(one.scores)}
@@ -98,13 +100,15 @@ def read_scores(file: Path) -> dict[str, Known]:
     """
     document = _read_json(file)
     if isinstance(document.get("matrices"), list):
-        found = {row["module"]: Known(row["snr"], row["snr_mp"]) for row in document["matrices"]}
+        found = dict(_own(file, number, row) for number, row in enumerate(document["matrices"], 1))
     else:
         found = {module: Known(snr, None) for module, snr in _flat(document)}
     for module, known in found.items():
         for value in known:
-            if value is not None and (not isinstance(value, int | float) or math.isnan(value)):
-                raise InvalidInput(f"{file}: the score of {module} is {value!r}, not a number; scan the model again")
+            if value is not None and not _is_number(value):
+                raise InvalidInput(
+                    f"{file}: the score of {module} is {repr(value)[:60]}, not a number; scan the model again"
+                )
     if not found:
         raise InvalidInput(f"{file}: no scores in it; it should map modules to snr and type, or types to modules")
     return {module: Known(_finite(known.snr), _finite(known.snr_mp)) for module, known in found.items()}
@@ -121,18 +125,15 @@ def read_patterns(file: Path) -> list[str]:
 
     try:
         document = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{file}: cannot be read as YAML: {error}") from error
+    except (OSError, YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidInput(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     patterns = document.get("unfrozen_parameters") if isinstance(document, dict) else None
-    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+    if not isinstance(patterns, list):
         raise InvalidInput(f"{file}: has no list `unfrozen_parameters` of names or regular expressions")
     if not patterns:
         raise InvalidInput(f"{file}: `unfrozen_parameters` is empty: nothing would train")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InvalidInput(f"{file}: {pattern!r} is not a regular expression: {error}") from error
+    for number, pattern in enumerate(patterns, 1):
+        _check_pattern(file, number, pattern)
     return patterns
 
 
@@ -164,6 +165,33 @@ def matching(patterns: Sequence[str], names: Mapping[str, frozenset[str]], file:
     return chosen
 
 
+def _check_pattern(file: Path, number: int, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise InvalidInput(
+            f"{file}: entry {number} of `unfrozen_parameters` is {repr(pattern)[:60]}, not text: entries are names or "
+            "regular expressions"
+        )
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InvalidInput(f"{file}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _own(file: Path, number: int, row: object) -> tuple[str, Known]:
+    """One entry of our own format."""
+    if not isinstance(row, dict) or not isinstance(row.get("module"), str) or not {"snr", "snr_mp"} <= row.keys():
+        raise InvalidInput(
+            f"{file}: entry {number} of `matrices` does not hold module, snr and snr_mp; scan the model again"
+        )
+    return row["module"], Known(row["snr"], row["snr_mp"])
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) or not math.isnan(value)
+
+
 def _flat(document: dict[str, Any]) -> list[tuple[str, Any]]:
     """Both of the reference's schemas as (module, snr)."""
     found: list[tuple[str, Any]] = []
@@ -176,7 +204,9 @@ def _flat(document: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else math.copysign(sys.float_info.max, value)
+    if value is None or abs(value) <= sys.float_info.max:
+        return value
+    return math.copysign(sys.float_info.max, 1 if value > 0 else -1)
 
 
 def _indented(document: dict[str, Any]) -> str:
@@ -186,7 +216,7 @@ def _indented(document: dict[str, Any]) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(document, dict):
         raise InvalidInput(f"{file}: not a JSON object")

@@ -139,7 +139,7 @@ def test_damage_is_named_and_never_used(published, harm, complaint):
         verified(published)
     assert str(caught.value) == (
         f"{published.path}: damaged since it was published: {complaint}. "
-        "Move the folder away and run again: that stage and those after it are made anew"
+        "Run `trivium run` on the spec: the folder is set aside, and that stage and those after it are made anew"
     )
 
 

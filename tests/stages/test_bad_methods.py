@@ -79,7 +79,8 @@ TARGETS = {
     "the embedding": (
         "[embed_tokens]",
         ":52: stages[1].method.target_modules[0]: 'embed_tokens' is an embedding or the output head: where the two are "
-        "tied, a merged adapter there gives another model than the trained one; remove it. Methods full and longlora",
+        "tied, a merged adapter there gives another model than the trained one; remove it. Methods full, longlora, and "
+        "spectrum with `embeddings: true`",
     ),
     "the head": ("[q_proj, lm_head]", ":60: stages[1].method.target_modules[1]: 'lm_head' is an embedding"),
 }
@@ -118,9 +119,10 @@ def test_experts_get_no_adapter_and_routers_do_not_bound_the_rank(project):
 
 
 RANKED = [name for name, cls in KINDS.items() if cls.rank_is_bounded and "rank" in cls.model_fields]
+BY_SIDE = [name for name in RANKED if "target_modules" in KINDS[name].model_fields and name != "qa_lora"]
 
 
-@pytest.mark.parametrize("kind", [name for name in RANKED if "target_modules" in KINDS[name].model_fields])
+@pytest.mark.parametrize("kind", BY_SIDE)
 def test_a_rank_above_the_smaller_side_of_a_target(project, kind):
     last = ("{kind: qlora, rank: 4}", f"{{kind: {kind}, rank: 17}}")
     found = [error for error in errors(project, replace=last) if "rank" in error.split(": ")[1]]
@@ -132,6 +134,31 @@ def test_a_rank_above_the_smaller_side_of_a_target(project, kind):
     )
     narrow = (last[0], f"{{kind: {kind}, rank: 17, target_modules: [q_proj, up_proj]}}")
     assert [error for error in errors(project, replace=narrow) if "method.rank" in error] == []
+
+
+def test_a_rank_above_the_groups_that_qa_loras_adapter_sees(project):
+    assert errors(project, "{kind: qa_lora, rank: 4, group_size: 10}") == []
+    [error] = errors(project, "{kind: qa_lora, rank: 5, group_size: 10}")
+    assert error.startswith(f"{LINE}:")
+    assert error.endswith(
+        "stages[1].method.rank: 5 is larger than the number of input groups (group_size) of "
+        "model.layers.0.self_attn.q_proj (32 x 32); the largest rank allowed here is 4, or leave that module out of "
+        "target_modules"
+    )
+
+
+def test_groups_are_of_inputs_also_where_weights_are_transposed(project):
+    write_headers(project / "base", {"h.0.mlp.c_fc.weight": (32, 128)}, model_type="gpt2", n_head=4, n_embd=32)
+    assert not [error for error in errors(project, "{kind: qa_lora, rank: 4, group_size: 8}") if "method.rank" in error]
+    found = errors(project, "{kind: qa_lora, rank: 5, group_size: 8}")
+    assert "the largest rank allowed here is 4" in " ".join(found)
+
+
+def test_more_layers_than_there_are(project):
+    write_headers(project / "base", llama(), num_hidden_layers=1, num_attention_heads=4, hidden_size=32)
+    [error] = errors(project, "{kind: top_layers, layers: 2}")
+    assert error.startswith(f"{LINE}:")
+    assert error.endswith("stages[1].method.layers: 2, and this model has 1; ask for fewer, or use method full")
 
 
 def test_the_ranks_that_are_not_bounded(project):
@@ -222,14 +249,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.model
 def test_a_chain_does_not_learn_half_way_what_a_method_refuses(tmp_path, run_spec):
-    """QA-LoRA's rank is bounded by the groups of a layer's inputs, which only the model itself shows."""
+    """Whether a budget allows for a single layer is known once the model itself is there."""
     from tiny import write_project
 
-    start, _, stages = SPEC.replace("{kind: qlora, rank: 4}", "{kind: qa_lora, rank: 4}").partition("metrics:")
+    start, _, stages = SPEC.replace("{kind: qlora, rank: 4}", "{kind: top_layers, time_budget: 0.01}").partition(
+        "metrics:"
+    )
     stages = re.sub(r"    gates: .*\n", "", stages[stages.index("stages:") :])  # unmeasured: half of the time
     spec = write_project(tmp_path / "project", start + stages)
     check_spec(*load_pipeline(spec))
-    with pytest.raises(InvalidInput, match=r"^stage manner: rank 4 is larger than the 1 groups"):
+    with pytest.raises(InvalidInput, match=r"^stage manner: not even the last layer fits the budget"):
         run_spec(spec, until="knowledge")
     assert [path.name[:7] for path in spec.parent.glob("runs/tiny/0*")] == ["00-base"]
 

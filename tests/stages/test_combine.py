@@ -156,9 +156,13 @@ def test_what_does_not_add_up_is_refused(names, weights, complaint, published, t
     assert not list(tmp_path.iterdir())
 
 
-def test_other_folders_are_left_alone(published, tmp_path):
+def test_other_folders_are_left_alone(published, tmp_path, monkeypatch):
     with pytest.raises(InvalidInput, match="exists already"):
         combine([published["one"].path], [1.0], tmp_path)
+    for place in (tmp_path / "missing/out", Path("/proc/out")):
+        monkeypatch.setattr(module, "load_plain", None)  # refused before anything is loaded
+        with pytest.raises(InvalidInput, match=r"is no folder; make it first|/proc: cannot be written to"):
+            combine([published["one"].path], [1.0], place)
     with pytest.raises(InvalidInput, match="'int8' is not one of float32"):
         combine([published["one"].path], [1.0], tmp_path / "out", "int8")
 
@@ -194,13 +198,13 @@ def test_a_wrong_sum_or_a_wrong_file_is_never_left_behind(published, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_was_added(published, tmp_path, capsys):
+def test_the_command_says_what_was_added(published, tmp_path, capfd):
     folders = [str(published[name].path) for name in ("one", "two")]
     done = _run(["combine", *folders, "--to", str(tmp_path / "out"), "--weight", "1", "--weight", "0.5"])
-    lines = capsys.readouterr().out
-    assert done == 0
+    lines, noise = capfd.readouterr()
+    assert (done, noise) == (0, "")
     assert "+1 x 01-learn-" in lines
     assert "+0.5 x 01-learn-" in lines
     assert (tmp_path / "out/config.json").is_file()
     assert _run(["combine", folders[0], "--to", str(tmp_path / "out")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in capfd.readouterr().err

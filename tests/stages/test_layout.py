@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import InvalidInput
-from stages.layout import Part, identify, matrices, read_layout, spellings, split
+from stages.layout import INDEX, Part, identify, matrices, read_layout, spellings, split
 
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -22,6 +22,10 @@ def write_file(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF1
         offset += size
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
+
+
+def write_header(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def write_folder(folder: Path, shapes: dict[str, tuple[int, ...]], **config: object) -> Path:
@@ -221,6 +225,22 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1]),
             "cut off: its header promises more",
+        ),
+        (lambda folder: write_header(folder, b"[]"), "its header does not describe tensors"),
+        (lambda folder: write_header(folder, b'{"a": 3}'), "its header does not describe tensors"),
+        (lambda folder: write_header(folder, b'{"a": {"dtype": "F32", "shape": 3}}'), "does not describe tensors"),
+        *(
+            (lambda folder, text=text: (folder / INDEX).write_text(text), message)
+            for text, message in {
+                "": "index.json: not JSON",
+                "[]": "index.json: not a JSON object",
+                "[" * 9999: "index.json: not JSON",
+                "{}": "its weight_map should give the file of each weight",
+                '{"weight_map": []}': "its weight_map should give the file of each weight",
+                '{"weight_map": {"a": 1}}': "its weight_map should give the file of each weight",
+                '{"weight_map": {}}': "names no files",
+                '{"weight_map": {"a": "gone.safetensors"}}': "names gone.safetensors, missing here",
+            }.items()
         ),
     ],
 )

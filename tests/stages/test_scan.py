@@ -461,6 +461,12 @@ def test_infinity_of_older_files_ranks_first_and_stays_a_number(tmp_path):
         ("{}", "no scores in it"),
         ("[]", "not a JSON object"),
         ("{", "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
+        ("[" * 9999, "cannot be read as JSON"),
+        ('{"a": {"snr": true, "type": "t"}}', "the score of a is True"),
+        ('{"matrices": []}', "no scores in it"),
+        ('{"matrices": [3]}', "entry 1 of `matrices` does not hold module, snr and snr_mp"),
+        ('{"matrices": [{"module": "a", "snr": 1.0}]}', "entry 1 of `matrices` does not hold"),
     ],
 )
 def test_a_file_that_holds_no_scores_is_refused(tmp_path, text, message):
@@ -474,7 +480,10 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, text, message):
     [
         ("unfrozen_parameters: []", "is empty: nothing would train"),
         ("other: [a]", "has no list `unfrozen_parameters`"),
-        ("unfrozen_parameters: [1]", "has no list `unfrozen_parameters`"),
+        ("unfrozen_parameters: a", "has no list `unfrozen_parameters`"),
+        ("- a", "has no list `unfrozen_parameters`"),
+        ("unfrozen_parameters: [a, 3]", "entry 2 of `unfrozen_parameters` is 3, not text"),
+        ("unfrozen_parameters: [2024-99-99]", "cannot be read as YAML"),
         ("unfrozen_parameters: ['a(']", r"'a\(' is not a regular expression"),
         ("a: b: c", "cannot be read as YAML"),
     ],
@@ -535,6 +544,19 @@ def test_the_command_imports_no_torch(checkpoint, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert "TORCH 0 False" in done.stdout
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    for output, message in {
+        tmp_path / "file": "file: a file, not a folder; name another folder with --output",
+        tmp_path / "file/below": "below: cannot be made (Not a directory)",
+        Path("/proc"): "/proc: cannot be written to",
+    }.items():
+        done = trivium("scan", checkpoint, "--output", output)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

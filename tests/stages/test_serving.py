@@ -167,7 +167,7 @@ def test_the_active_adapter_answers_where_none_is_named(served):
 def test_the_base_is_loaded_once(trained, monkeypatch):
     loaded = []
     load = Lora.load_beneath
-    monkeypatch.setattr(Lora, "load_beneath", lambda self, start: loaded.append(start) or load(self, start))
+    monkeypatch.setattr(Lora, "load_beneath", lambda self, *start: loaded.append(start) or load(self, *start))
     with_adapters([trained(name) for name in ("plain", "stable", "frozen")])
     assert len(loaded) == 1
 
@@ -179,8 +179,8 @@ def test_the_base_is_loaded_once(trained, monkeypatch):
     ("names", "complaint"),
     [
         (("plain", "weighed"), r"weighed \(dora\): DoRA rescales"),
-        (("prefix", "longer"), r"does not keep PREFIX_TUNING adapters apart"),
-        (("shared",), r"does not keep VERA adapters apart"),
+        (("prefix", "longer"), r"does not keep adapters of method prefix_tuning apart"),
+        (("shared",), r"does not keep adapters of method vera apart"),
     ],
 )
 def test_a_mixed_batch_that_would_not_be_exact_is_refused(names, complaint, served):
@@ -200,7 +200,7 @@ def test_a_mixed_batch_that_would_not_be_exact_is_refused(names, complaint, serv
         (("plain", "later"), r"plain started from 00-base-\w+ and later from 01-plain-\w+"),
         (("plain", "four"), "plain was trained over the start's own weights and four over weights of quantization nf4"),
         (("four", "floats"), "quantization nf4, .* floats over weights of quantization fp4"),
-        (("plain", "prefix"), "plain is a LORA adapter and prefix a PREFIX_TUNING one"),
+        (("plain", "prefix"), "plain is an adapter of method lora and prefix of prefix_tuning"),
         (("shared", "other"), "PEFT cannot hold other beside shared"),
         (("plain", "plain"), "named twice"),
         ((), "at least one"),
@@ -247,8 +247,8 @@ def test_a_damaged_artifact_is_refused(trained, tmp_path):
 def test_what_does_not_answer_as_it_was_published_is_not_served(trained, monkeypatch):
     load = Lora.load_beneath
 
-    def changed(self, start):
-        model = load(self, start)
+    def changed(self, *start):
+        model = load(self, *start)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.add_(0.01)
         return model

@@ -408,7 +408,8 @@ def test_top_layers_wants_one_measure(fields):
 
 
 def test_more_layers_than_there_are_is_refused(llama):
-    assert "this model has 4" in TopLayers(kind="top_layers", layers=5).unsupported({"num_hidden_layers": 4})
+    [(field, message)] = TopLayers(kind="top_layers", layers=5).field_problems({"num_hidden_layers": 4})
+    assert (field, message[:25]) == ("layers", "5, and this model has 4; ")
     with pytest.raises(InvalidInput, match="layers: 5, and this model has 4"):
         top(llama, layers=5)
 

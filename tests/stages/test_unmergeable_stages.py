@@ -259,6 +259,9 @@ def test_cpt_may_go_without_packing_or_wrap(train, project):
 
 
 def test_virtual_tokens_beyond_the_last_position_are_refused(project):
+    found = problems_of(project, spec_text("{kind: prompt_tuning, virtual_tokens: 600}"))
+    assert "method.virtual_tokens: 600 leave no position for text, as this model has 512; must be below 512" in found
+    assert "-" not in found.partition("virtual_tokens: ")[2]
     text = spec_text("{kind: prompt_tuning, virtual_tokens: 400}")
     found = problems_of(project, text)
     assert "128 tokens and 400 virtual ones" in found
@@ -268,4 +271,4 @@ def test_virtual_tokens_beyond_the_last_position_are_refused(project):
 
 def test_more_layers_than_the_model_has_are_refused(project):
     found = problems_of(project, spec_text("{kind: llama_adapter, layers: 3}"))
-    assert "layers is 3, and the model has 2" in found
+    assert "].method.layers: 3, and this model has 2; name 2 or fewer, or leave it out" in found
