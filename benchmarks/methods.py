@@ -105,7 +105,7 @@ def measure(kind: str, base: Path, steps: int) -> dict[str, Any]:
     ids = probe.probe_ids(plain)
     before = probe.logits(plain, ids)
     del plain
-    start = Start(base, rows=lambda: ((row[:1], row[:1]) for row in rows))
+    start = Start(base, sequence_length=LENGTH, rows=lambda: ((row[:1], row[:1]) for row in rows))
     prepared = method.prepare(method.load(base, torch.float32, torch.float32), start)
     found: dict[str, Any] = {
         "trainable": sum(p.numel() for name, p in prepared.model.named_parameters() if name in prepared.trainable),

@@ -62,6 +62,9 @@ def _grouped(
         options: scale and dropout of torch's attention.
     """
     batch, heads, length, width = query.shape
+    if length <= size - shift:  # one group holds all: padding it up would cost as much as a full group
+        causal = mask is None
+        return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, **options)
     left = shift
     right = -(left + length) % size
     count = (left + length + right) // size
