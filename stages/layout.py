@@ -326,7 +326,8 @@ def _attention(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int:
-    return next((int(config[name]) for name in names if config.get(name)), 0)
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
 def _shape(shape: tuple[int, int], part: Part) -> tuple[int, int]:

@@ -173,6 +173,19 @@ def test_wrong_usage_ends_with_2(
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("columns", "is_terminal", "wanted"),
+    [
+        *((text, False, 120) for text in (None, "", "0", "wide")),
+        *[("200", False, 200), (None, True, None), ("80", True, 80)],
+    ],
+)
+def test_columns_of_what_is_printed(columns: str | None, is_terminal: bool, wanted: int | None) -> None:
+    from flows.terminal import width
+
+    assert width({} if columns is None else {"COLUMNS": columns}, is_terminal=is_terminal) == wanted
+
+
 def test_init_leaves_an_edited_spec_and_other_folders_alone(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     assert trivium("init", folder, "--template", "8b-24gb").returncode == 0

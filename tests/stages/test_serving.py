@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from stages import probe, serving
 from stages.artifact import MODEL, read
 from stages.chat import converse_with_adapters
 from stages.errors import InvalidInput, StageFailed
+from stages.log import quiet
 from stages.methods.lora import Lora
 from stages.model import load_plain
 from stages.serving import BASE, with_adapters
@@ -350,3 +354,25 @@ def test_the_command_line_takes_several_artifacts(trained, tmp_path, capsys):
     arguments = ["adapters", str(trained("plain")), str(trained("stable")), "--prompts", str(file), "--max-tokens", "3"]
     app(arguments, exit_on_error=False, result_action="return_none")
     assert json.loads(capsys.readouterr().out)["adapter"] == "stable"
+
+
+def test_commands_that_answer_people_say_nothing_else(trained, tmp_path):
+    """No progress bars, no advice of libraries: 4-bit kernels that are not installed, deprecations."""
+    file = rows_file(tmp_path, {"prompt": "say the", "adapter": "four"})
+    for arguments in (["adapters", trained("four"), "--prompts", file], ["chat", trained("plain"), "say the"]):
+        command = [sys.executable, "-m", "flows.cli", *map(str, arguments), "--max-tokens", "3"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_quiet_moment_ends():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quiet():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        warnings.warn("of a library", FutureWarning, stacklevel=1)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    with pytest.warns(FutureWarning, match="heard"):
+        warnings.warn("heard", FutureWarning, stacklevel=1)
