@@ -31,9 +31,6 @@ MANY_PASSES = 2.0
 ROUNDED_BELOW = {"bfloat16": 5e-5, "float16": 6e-6}
 """Learning rates at and below which rounding to a dtype takes a large part of an update. bfloat16: measured, 40% is
 lost at this rate and 91% at a tenth of it. float16: inferred, its steps are 8 times finer."""
-REQUANTISED_BELOW = 1e-4
-"""Learning rate at and below which quantising a merge again undoes most of its training: updates under a twentieth
-of the weights' size keep less than a third of themselves (NF4, measured)."""
 VERA_RATE = 1e-3
 """The learning rate under which VeRA hardly moves."""
 
@@ -41,6 +38,7 @@ BIDERMAN = "Biderman et al., arXiv 2405.09673"
 HU = "Hu et al., arXiv 2106.09685, section 4"
 OUYANG = "Ouyang et al., arXiv 2203.02155, section 3.5"
 KOPICZKO = "Kopiczko et al., arXiv 2310.11454"
+CHEN = "Chen et al., arXiv 2309.12307"
 ROUNDING = "measured: docs/decisions/0004"
 REQUANTISING = "measured: docs/decisions/0007"
 EXPERTS = "transformers 5: the experts of a layer are one parameter, no linear modules"
@@ -196,12 +194,12 @@ def quantised_once_more(stage: ObjectiveSpec, context: Context) -> str | None:
     if before is None or before.method.kind != "qlora" or not before.method.exact_merge:
         return None
     same_grid = getattr(stage.method, "quantization", None) == getattr(before.method, "quantization", None)
-    if not same_grid or before.train.learning_rate > REQUANTISED_BELOW:
+    if not same_grid:
         return None
     return (
-        f"method {stage.method.kind} quantises a start whose base stage {before.name} had quantised already: the "
-        f"small update learned there (learning rate {before.train.learning_rate:g}) is mostly rounded away again; "
-        "use a method on unquantised weights in one of the two"
+        f"method {stage.method.kind} quantises a start whose base stage {before.name} had quantised already: what was "
+        "learned there is mostly rounded away again; use qa_lora in both, whose merge survives, or a method on "
+        "unquantised weights in one of the two"
     )
 
 
@@ -221,7 +219,29 @@ def experts_stay_frozen(stage: ObjectiveSpec, context: Context) -> str | None:
     experts = sum(matrix.size for matrix in context.layout.matrices if matrix.expert is not None)
     return (
         f"the experts, {100 * experts / total:.0f}% of the weights inside the layers, stay frozen: method "
-        f"{stage.method.kind} adapts linear modules; method full trains them"
+        f"{stage.method.kind} adapts linear modules; methods full and spectrum train them"
+    )
+
+
+def groups_that_hold_everything(stage: ObjectiveSpec, context: Context) -> str | None:
+    """A group as long as the sequence is full attention."""
+    size, length = getattr(stage.method, "group_size", None), stage.train.sequence_length
+    if stage.method.kind != "longlora" or size is None or size < length:
+        return None
+    return (
+        f"a group of {size} tokens holds a whole sequence of {length}: attention is not sparse, and training as slow "
+        "as without groups; remove group_size (a quarter of the sequence), or raise train.sequence_length"
+    )
+
+
+def context_that_is_never_trained(stage: ObjectiveSpec, context: Context) -> str | None:
+    """Positions beyond the longest sequence are interpolated and never seen."""
+    wanted, length = getattr(stage.method, "context_length", None), stage.train.sequence_length
+    if wanted is None or wanted <= length:
+        return None
+    return (
+        f"context_length {wanted} stretches the rope, and no sequence is longer than {length}: what it is stretched "
+        "for is never trained; raise train.sequence_length to it"
     )
 
 
@@ -235,6 +255,8 @@ ADVICE = (
     Advice(("method", "kind"), quantised_once_more, REQUANTISING),
     Advice(("train", "learning_rate"), vera_at_a_small_rate, KOPICZKO),
     Advice(("method", "target_modules"), experts_stay_frozen, EXPERTS),
+    Advice(("method", "group_size"), groups_that_hold_everything, CHEN),
+    Advice(("method", "context_length"), context_that_is_never_trained, CHEN),
 )
 """All advice there is."""
 

@@ -309,16 +309,11 @@ def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
     place = folder / spec.path
     if not place.is_dir():
         raise InvalidInput(f"model.path: {place}: no such folder")
+    adapter = (place / "adapter_config.json").is_file()
     if not (place / "config.json").is_file() or not list(place.glob("*.safetensors")):
-        adapter = (
-            " It holds an adapter only: merge it into its base first."
-            if (place / "adapter_config.json").is_file()
-            else ""
-        )
-        raise InvalidInput(
-            f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{adapter}"
-        )
-    if (place / "adapter_config.json").is_file():
+        only = " It holds an adapter only: merge it into its base first." if adapter else ""
+        raise InvalidInput(f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{only}")
+    if adapter:
         raise InvalidInput(
             f"model.path: {place}: holds whole weights and an adapter (adapter_config.json), and transformers would "
             "put the second on the first; merge it into its base first, or move the adapter's files elsewhere"

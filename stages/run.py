@@ -111,7 +111,9 @@ def _make_stage(
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
         model, handed = _hand_over(stage, prepared, tokenizer, start, output)
-        info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most")
+        beside = handed.get("distance_to_trained")
+        apart = "" if beside is None else f"; {beside:.1e} from the trained model, on purpose"
+        info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most{apart}")
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
         write_json(output / "training.json", details)
         _draw(output, training, prepared.record)

@@ -46,7 +46,7 @@ class Longlora(LowRank):
             return f"method longlora cannot serve {kind}; it serves {', '.join(_SERVED)}. Use lora"
         if self.context_length is None:
             return None
-        limit, rope = int(config["max_position_embeddings"]), _rope(config)
+        limit, rope = int(config.get("max_position_embeddings", 0)), _rope(config)
         if self.context_length <= limit:
             return (
                 f"method longlora: context_length {self.context_length} is not beyond the {limit} positions of this "

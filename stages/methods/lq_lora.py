@@ -33,6 +33,14 @@ class LqLora(AdaptedStart):
     calibration_rows: Annotated[int, Field(gt=0)] = 64
     """Rows of the stage's data whose gradients say what matters: the first with anything to learn."""
 
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """Say what the calibration costs."""
+        return [
+            *super().notes(config),
+            f"lq_lora first runs {self.calibration_rows} rows through the float32 model, on the training device beside "
+            "the quantised one: 4 bytes per parameter until the first step",
+        ]
+
     def importance(self, plain: "PreTrainedModel", names: list[str], start: Start) -> dict[str, Importance]:
         """Square roots of row and column means of the diagonal Fisher information of each named layer.
 

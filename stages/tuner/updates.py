@@ -97,7 +97,7 @@ class SvftSparse(SpectralUpdate):
     def core(self, hidden: torch.Tensor) -> torch.Tensor:
         """C = M, sparse, applied to ``hidden`` (..., k)."""
         side = len(self.values)
-        # Dense for the moment of the product: k x k, whose gradient needs no atomic additions.
+        # Dense, k x k, and kept for the backward pass: its gradient needs no atomic additions.
         matrix = self.entries.new_zeros(side * side).index_put((self.positions,), self.entries)
         return functional.linear(hidden, matrix.view(side, side))
 

@@ -95,10 +95,20 @@ CASES: dict[str, tuple[list[tuple[str, str]], str]] = {
         "(measured: docs/decisions/0004)",
     ),
     "quantised twice": (
-        [(LORA, QLORA), (IFT_STEPS, IFT_STEPS.replace("1e-2", "1e-4"))],
+        [(LORA, QLORA)],
         "24:14: stages[2].method.kind: warning: method qlora quantises a start whose base stage answers had quantised "
-        "already: the small update learned there (learning rate 0.0001) is mostly rounded away again; use a method on "
-        "unquantised weights in one of the two (measured: docs/decisions/0007)",
+        "already: what was learned there is mostly rounded away again; use qa_lora in both, whose merge survives, or a "
+        "method on unquantised weights in one of the two (measured: docs/decisions/0007)",
+    ),
+    "a group as long as a sequence": (
+        [(LORA, "{kind: longlora, rank: 2, group_size: 128}")],
+        "18:39: stages[1].method.group_size: warning: a group of 128 tokens holds a whole sequence of 128",
+    ),
+    "a context that no sequence fills": (
+        [(LORA, "{kind: longlora, rank: 2, context_length: 1024}")],
+        "18:39: stages[1].method.context_length: warning: context_length 1024 stretches the rope, and no sequence is "
+        "longer than 128: what it is stretched for is never trained; raise train.sequence_length to it (Chen et al., "
+        "arXiv 2309.12307)",
     ),
     "VeRA at LoRA's rate": (
         [(LORA, "{kind: vera}"), (IFT_STEPS, IFT_STEPS.replace("1e-2", "2e-4"))],
@@ -120,8 +130,8 @@ def test_adapters_on_a_mixture_leave_its_experts(project):
     ift, dpo = advised(project)
     assert ift == (
         "18:5: stages[1].method.target_modules: warning: the experts, 85% of the weights inside the layers, stay "
-        "frozen: method lora adapts linear modules; method full trains them (transformers 5: the experts of a layer "
-        "are one parameter, no linear modules)"
+        "frozen: method lora adapts linear modules; methods full and spectrum train them (transformers 5: the experts "
+        "of a layer are one parameter, no linear modules)"
     )
     assert dpo.startswith("24:5: stages[2].method.target_modules: warning: the experts")
 

@@ -643,6 +643,11 @@ def test_a_job_carries_all_that_its_process_needs(done):
             "It holds an adapter only: merge it into its base first.",
         ),
         (
+            lambda p: (p.folder / "base/adapter_config.json").write_text("{}"),
+            "model.path: {folder}/base: holds whole weights and an adapter (adapter_config.json), and transformers would "
+            "put the second on the first; merge it into its base first, or move the adapter's files elsewhere",
+        ),
+        (
             lambda p: p.edit(("dtype: float32", "dtype: float32, chat_template: none.jinja")),
             "model.chat_template: {folder}/none.jinja: no such file",
         ),
