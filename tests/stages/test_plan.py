@@ -644,8 +644,8 @@ def test_a_job_carries_all_that_its_process_needs(done):
         ),
         (
             lambda p: (p.folder / "base/adapter_config.json").write_text("{}"),
-            "model.path: {folder}/base: holds whole weights and an adapter (adapter_config.json), and transformers would "
-            "put the second on the first; merge it into its base first, or move the adapter's files elsewhere",
+            "model.path: {folder}/base: holds whole weights and an adapter (adapter_config.json), and transformers "
+            "would put the second on the first; merge it into its base first, or move the adapter's files elsewhere",
         ),
         (
             lambda p: p.edit(("dtype: float32", "dtype: float32, chat_template: none.jinja")),
