@@ -22,7 +22,7 @@ chat: $(READY)  ## talk to the demo's model
 	$(RUN)/trivium chat $(DEMO)
 
 test: $(READY)  ## every test, a file at a time on each core
-	$(RUN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(RUN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## the tests without torch and Prefect
 	$(RUN)/python -m pytest -m "not model and not flow"

@@ -3,13 +3,19 @@
 import re
 from pathlib import Path
 
+from methods_table import KINDS
+
 from stages.pipeline import load_pipeline
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+def yaml_blocks() -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
 def test_the_spec_in_the_readme_is_valid(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    text = yaml_blocks()[0]
     spec = tmp_path / "spec.yaml"
     spec.write_text(text)
     pipeline, _ = load_pipeline(spec)
@@ -18,6 +24,20 @@ def test_the_spec_in_the_readme_is_valid(tmp_path: Path) -> None:
         ("ift", "lora"),
         ("dpo", "qlora"),
     ]
+
+
+def test_the_method_lines_in_the_readme_are_valid(tmp_path: Path) -> None:
+    spec, lines = yaml_blocks()
+    for line in lines.strip().splitlines():
+        file = tmp_path / "spec.yaml"
+        file.write_text(spec.replace("method: {kind: lora, rank: 64}", line))
+        pipeline, _ = load_pipeline(file)
+        assert f"kind: {pipeline.stages[1].method.kind}" in line
+
+
+def test_the_table_of_methods_has_every_method_once() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(KINDS)
 
 
 def test_the_commands_in_the_readme_exist() -> None:
