@@ -35,6 +35,7 @@ class Source:
     def __init__(self, raw: Raw, mapped: mmap.mmap, *, bfloat16: bool, part: Part | None) -> None:
         self._raw, self._mapped, self._bfloat16 = raw, mapped, bfloat16
         self._view = _part(raw, part)
+        self._widened: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
 
     @property
     def side(self) -> int:
@@ -49,7 +50,10 @@ class Source:
         return digest.hexdigest()
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """The matrix, or its transpose where that is the taller one: blocks of shape (any, side)."""
+        """The matrix, or its transpose where that is the taller one: blocks of shape (any, side).
+
+        A block may lie where the one before lay.
+        """
         groups, rows, columns = view = self._view.shape
         if groups * rows < columns:
             step = max(1, BLOCK // (groups * rows))
@@ -66,7 +70,11 @@ class Source:
 
     def _floats(self, raw: Raw) -> NDArray[np.float32]:
         if self._bfloat16:  # the upper half of a float32
-            return np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
+            if self._widened.size < raw.size:
+                self._widened = np.empty(raw.size, dtype=np.uint32)
+            # One place for all blocks: fresh memory costs more than the shift.
+            wide = self._widened[: raw.size].reshape(raw.shape)
+            return np.left_shift(raw, 16, out=wide, dtype=np.uint32).view(np.float32)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and inf is refused
             return raw.astype(np.float32, copy=False)
 
