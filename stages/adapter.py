@@ -24,10 +24,13 @@ def save_adapter(model: Any, folder: Path) -> None:
     """
     model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
-    file = folder / CONFIG
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = None
-    file.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    change_settings(folder, base_model_name_or_path=None)
+
+
+def change_settings(folder: Path, **changes: Any) -> None:
+    """Write other settings into a kept adapter's file."""
+    settings = adapter_settings(folder) | changes
+    (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:

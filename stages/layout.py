@@ -120,18 +120,26 @@ class Layout:
         """The tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
 
-    @property
-    def linear_modules(self) -> frozenset[str]:
-        """Last parts of the names of the linear modules inside the layers, as adapters target them.
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Every linear module inside the numbered layers: name -> shape as it is stored.
 
-        Experts and their routers are left out: in memory they are bare parameters. The head is in `head`.
+        Experts and their routers are left out: transformers 5 holds them as bare parameters, which no adapter
+        reaches. The head is in `head`.
         """
         experts = {matrix.expert for matrix in self.matrices} - {None}
-        return frozenset(
-            matrix.tensor.removesuffix(".weight").rsplit(".", 1)[-1]
-            for matrix in self.matrices
-            if matrix.expert is None and not (experts and matrix.shape[0] == len(experts))
-        )
+        of_experts = {matrix.tensor for matrix in self.matrices if matrix.expert is not None}
+        return {
+            tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+            for tensor in self.tensors
+            if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and _LAYER.search(tensor.name)
+            if tensor.name not in of_experts and not (experts and tensor.shape[0] == len(experts))
+        }
+
+    @property
+    def linear_modules(self) -> frozenset[str]:
+        """Last parts of the names of `linear_shapes`, as adapters target them."""
+        return frozenset(name.rsplit(".", 1)[-1] for name in self.linear_shapes)
 
     @property
     def embedding(self) -> str | None:

@@ -5,21 +5,18 @@ that a method that cannot serve a model never starts on it.
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from specs.pipeline import Location
 from stages.layout import HEADS, Layout
 from stages.methods.base import MethodSpec
-from stages.methods.targets import ATTENTION, QUERY_VALUE
+from stages.methods.targets import ends_with, is_target
 from stages.objective import ObjectiveSpec
 
 EMBEDDINGS = HEADS | {
     "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_positions",
 }  # fmt: skip
 """Last parts of the names of embeddings and output heads."""
-_LAYER = re.compile(r"(?:^|\.)\d+\.")
 RANKS = ("initial_rank", "rank")
 """Fields that hold the rank of an update, the first one that a method has."""
 
@@ -65,22 +62,7 @@ def target_matrices(method: MethodSpec, layout: Layout) -> dict[str, tuple[int, 
     wanted = getattr(method, "target_modules", None)
     if wanted is None:
         return {}
-    return {name: shape for name, shape in linear_modules(layout).items() if _is_target(name, shape, wanted)}
-
-
-def linear_modules(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Every linear module inside the numbered layers: name -> shape as it is stored.
-
-    Experts and their routers are left out: transformers 5 holds them as bare parameters, which no adapter reaches.
-    """
-    experts = {matrix.expert for matrix in layout.matrices} - {None}
-    of_experts = {matrix.tensor for matrix in layout.matrices if matrix.expert is not None}
-    return {
-        tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for tensor in layout.tensors
-        if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and _LAYER.search(tensor.name)
-        if tensor.name not in of_experts and not (experts and tensor.shape[0] == len(experts))
-    }
+    return {name: shape for name, shape in layout.linear_shapes.items() if is_target(name, shape, wanted)}
 
 
 def rank_of(method: MethodSpec) -> tuple[str, int] | None:
@@ -118,7 +100,9 @@ def _target_problem(wanted: str, layout: Layout | None) -> str | None:
     """Why a named target module cannot have an adapter."""
     last = wanted.rsplit(".", 1)[-1]
     outside = set() if layout is None else {layout.embedding, layout.head}
-    if last in EMBEDDINGS or any(name is not None and _ends(name.removesuffix(".weight"), wanted) for name in outside):
+    if last in EMBEDDINGS or any(
+        name is not None and ends_with(name.removesuffix(".weight"), [wanted]) for name in outside
+    ):
         return (
             f"{wanted!r} is an embedding or the output head: where the two are tied, a merged adapter there gives "
             "another model than the trained one; remove it. Methods full, longlora, and spectrum with "
@@ -126,15 +110,14 @@ def _target_problem(wanted: str, layout: Layout | None) -> str | None:
         )
     if layout is None:
         return None
-    modules = linear_modules(layout)
-    if any(_ends(name, wanted) for name in modules):
+    if any(ends_with(name, [wanted]) for name in layout.linear_shapes):
         return None
     experts = {matrix.tensor.removesuffix(".weight") for matrix in layout.matrices if matrix.expert is not None}
-    if any(_ends(name, wanted) for name in experts):
+    if any(ends_with(name, [wanted]) for name in experts):
         reason = f"{wanted!r} are this model's experts, which are no linear modules in memory and get no adapter"
     else:
         reason = f"this model has no linear module {wanted!r}"
-    present = by_nearness(last, {name.rsplit(".", 1)[-1] for name in modules})
+    present = by_nearness(last, layout.linear_modules)
     return f"{reason}; it has, nearest first: {', '.join(present)}"
 
 
@@ -154,18 +137,3 @@ def _rank_problems(method: MethodSpec, layout: Layout) -> Iterator[tuple[Locatio
             f"{rank} is larger than {method.rank_bound} of {name} ({shape[0]} x {shape[1]}); the largest {field} "
             f"allowed here is {limit}, or leave that module out of target_modules",
         )
-
-
-def _is_target(name: str, shape: tuple[int, int], wanted: Any) -> bool:
-    if not isinstance(wanted, str):
-        return any(_ends(name, one) for one in wanted)
-    parts = name.split(".")
-    in_attention = not ATTENTION.isdisjoint(parts[:-1])
-    if wanted == "query-value":
-        return in_attention and parts[-1] in QUERY_VALUE
-    return min(shape) > 1 and (wanted == "all-linear" or in_attention)
-
-
-def _ends(name: str, wanted: str) -> bool:
-    """Whether PEFT takes ``wanted`` for this module: the whole name, or its end from a dot on."""
-    return name == wanted or name.endswith(f".{wanted}")

@@ -1,10 +1,9 @@
 """What PiSSA, MiLoRA and OLoRA share: adapters that start as a part of the weights, beside what remains of them."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stages.adapter import CONFIG, WEIGHTS, save_adapter
+from stages.adapter import WEIGHTS, change_settings, save_adapter
 from stages.methods.base import Prepared, Reference, Start
 from stages.methods.lora import LowRank
 
@@ -68,9 +67,7 @@ class ResidualLowRank(LowRank):
             tensors[f"{name}.lora_A.weight"] = torch.cat([layer.lora_A["default"].weight.detach(), a0])
             tensors[f"{name}.lora_B.weight"] = torch.cat([layer.lora_B["default"].weight.detach(), -b0], 1)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        settings |= {"r": 2 * settings["r"], "lora_alpha": 2 * settings["lora_alpha"]}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        change_settings(folder, r=2 * self.rank, lora_alpha=2 * self.scaled_by)
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:

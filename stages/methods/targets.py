@@ -1,6 +1,6 @@
 """Which modules of a model get an adapter: presets and names become what PEFT matches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -43,15 +43,9 @@ def adapter_targets(model: "PreTrainedModel", wanted: "Targets") -> list[str]:
         return list(wanted)
     found: dict[str, None] = {}
     for name, module in linear_modules(model):
-        parts = name.split(".")
-        in_attention = bool(ATTENTION & set(parts[:-1]))
-        narrow = min(sides(module)) == 1
-        if wanted == "query-value" and not (in_attention and parts[-1] in QUERY_VALUE):
-            continue
-        if narrow or (wanted == "attention" and not in_attention):
-            continue
-        # Two components: GPT-2 calls a layer c_proj in attention and in the MLP.
-        found[".".join(parts[-2:])] = None
+        if is_target(name, sides(module), wanted):
+            # Two components: GPT-2 calls a layer c_proj in attention and in the MLP.
+            found[".".join(name.split(".")[-2:])] = None
     if not found:
         raise InvalidInput(f"target_modules: {wanted} finds no module in this model; name them, for example [q_proj]")
     return list(found)
@@ -86,7 +80,18 @@ def sides(module: Any) -> tuple[int, int]:
     return int(module.nf), int(module.nx)
 
 
-def ends_with(name: str, targets: list[str]) -> bool:
+def is_target(name: str, shape: tuple[int, int], wanted: "Targets") -> bool:
+    """Whether ``wanted`` means a linear module, by its name and its two sides in either order."""
+    if not isinstance(wanted, str):
+        return ends_with(name, wanted)
+    *parents, last = name.split(".")
+    in_attention = not ATTENTION.isdisjoint(parents)
+    if min(shape) == 1:
+        return False
+    return wanted == "all-linear" or (in_attention and (wanted == "attention" or last in QUERY_VALUE))
+
+
+def ends_with(name: str, targets: Sequence[str]) -> bool:
     """Whether PEFT would match a module's name."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 

@@ -1,6 +1,7 @@
 """The forms that the update dW of a frozen weight W (out, in) can take; every one is zero before it is trained."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from stages.tuner.config import UpdateConfig
 from stages.tuner.factors import Factors, singular_factors, trained_entries, unread_factors
 
 
-class Update(nn.Module):
+class Update(nn.Module, ABC):
     """dW as a function of trained parameters, which are float32 whatever the weight is held in."""
 
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -19,13 +20,13 @@ class Update(nn.Module):
     tied: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that layers of one type and shape share."""
 
+    @abstractmethod
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Apply dW to the last dimension of ``inputs`` (..., in): (..., out)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self) -> torch.Tensor:
         """The update, (out, in)."""
-        raise NotImplementedError
 
 
 class SpectralUpdate(Update):
@@ -42,9 +43,9 @@ class SpectralUpdate(Update):
     values: torch.Tensor
     right: torch.Tensor
 
+    @abstractmethod
     def core(self, hidden: torch.Tensor) -> torch.Tensor:
         """C applied to the last dimension of ``hidden`` (..., k)."""
-        raise NotImplementedError
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Apply dW to the last dimension of ``inputs`` (..., in), through its factors: (..., out)."""

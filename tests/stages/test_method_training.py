@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import write_architecture
 from methods_table import METHODS, label, method_of
+from preemption import AskedAt
 from tiny import sentences
 from transformers import TrainerCallback, set_seed
 
@@ -149,20 +150,6 @@ def test_policy_and_reference_are_the_start_before_training_and_the_reference_af
 
 
 # Resuming
-
-
-class AskedAt:
-    """A preemption that asks at one step."""
-
-    def __init__(self, step: int) -> None:
-        self.training = False
-        self._left = step
-
-    @property
-    def asked(self) -> bool:
-        """Read once after each step, and once more at the end."""
-        self._left -= 1
-        return self._left <= 0
 
 
 def trained_weights(prepared) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from methods_table import label
+from preemption import AskedAt
 from quantised import METHODS, STARTED, distance, logits, prepared
 from tiny import sentences, write_project
 from transformers import TrainerCallback
@@ -133,20 +134,6 @@ def test_activations_can_be_recomputed(method, base_model, tmp_path):
     model = prepared(method, base_model)
     record = fit(stage, model, tokenizer, dataset, seed=1, folder=tmp_path, preemption=None)
     assert record["curve"][0]["grad_norm"] > 1e-3
-
-
-class AskedAt:
-    """A preemption that asks at one step."""
-
-    def __init__(self, step: int) -> None:
-        self.training = False
-        self._left = step
-
-    @property
-    def asked(self) -> bool:
-        """Read once after each step."""
-        self._left -= 1
-        return self._left <= 0
 
 
 @pytest.mark.parametrize("method", [STARTED[0], METHODS[-1]], ids=label)
