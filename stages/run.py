@@ -33,7 +33,7 @@ from stages.methods.base import Prepared, Start
 from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens, training_device
 from stages.objective import ObjectiveSpec
 from stages.plan import RELEASE, TRAINING_LIBRARIES, data_digests, versions
-from stages.serving import assemble
+from stages.serving import assemble, put_on
 from stages.train import Preemption, autocasts, fit
 
 if TYPE_CHECKING:
@@ -161,7 +161,6 @@ def _make_release(
         plain = load_plain(start.model, dtype)
         set_stop_tokens(plain, tokenizer)
         save_plain(plain, tokenizer, work / MODEL)
-        del plain
         adapter = None
         if start.adapter is not None:
             adapter = shutil.copytree(start.adapter, work / ADAPTER)
@@ -169,7 +168,7 @@ def _make_release(
         again, _ = assemble(work / MODEL, adapter, dtype)
         ids = probe.probe_ids(again)
         found = probe.logits(again, ids)
-        if not torch.equal(found, probe.logits(assemble(start.model, start.adapter, dtype)[0], ids)):
+        if not torch.equal(found, probe.logits(put_on(plain, start.adapter), ids)):
             raise StageFailed("the released model is not the last stage's; nothing is released")
         probe.record(work, ids, found)
         return again, _publish(job, work, durations, record)

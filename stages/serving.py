@@ -71,10 +71,14 @@ def assemble(
     """
     tokenizer = load_tokenizer(model)
     plain = load_plain(model, "auto" if dtype is None else dtype, device)  # type: ignore[arg-type]
-    if adapter is None:
-        return plain.eval(), tokenizer
-    set_stop_tokens(plain, tokenizer)
-    return attach(plain, adapter).to(dtype=plain.dtype).eval(), tokenizer
+    if adapter is not None:
+        set_stop_tokens(plain, tokenizer)
+    return put_on(plain, adapter), tokenizer
+
+
+def put_on(plain: Any, adapter: Path | None) -> Any:
+    """A loaded model, changed by the adapter that belongs on it where there is one, in its precision and eval mode."""
+    return plain.eval() if adapter is None else attach(plain, adapter).to(dtype=plain.dtype).eval()
 
 
 @dataclass(frozen=True, slots=True)
