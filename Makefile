@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := quickstart
 
-.PHONY: demo demo-gate chat test test-fast check format lock clean help
+.PHONY: demo demo-gate chat test test-fast test-crash check format lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: $(READY)  ## every test, a file at a time on each core
 
 test-fast: $(READY)  ## the tests without torch and Prefect
 	$(RUN)/python -m pytest -m "not model and not flow"
+
+test-crash: $(READY)  ## what is killed, torn, full or hostile: every fault that a run must survive
+	$(RUN)/python -m pytest -m crash -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, formatting, types, import contracts, the published schema
 	$(RUN)/ruff check .

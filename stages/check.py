@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from specs.gate import LmEvalSpec, PreferenceSpec
 from specs.load import Document, Problem, SpecError
 from specs.pipeline import Location
+from stages.arguments import extra_problems
 from stages.artifact import read
 from stages.count import Count
 from stages.data import Normaliser, read_source
@@ -20,7 +21,6 @@ from stages.pipeline import Pipeline
 from stages.plan import Plan, Step, base_files
 from stages.requirements import stage_problems
 from stages.rows import any_scored_row, preference_row
-from stages.train import extra_problems
 
 SAMPLE = 200
 """Rows of each file that `validate` and `plan` look at; `run` reads them all."""

@@ -1,157 +1,29 @@
-"""The one translation from a spec's `train` to the trainer library, and the loop around it."""
+"""The trainer library's loop, and what must hold before, during and after it."""
 
-import ast
-import importlib.util
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import checkpoint, probe
+from stages.arguments import trainer_arguments
 from stages.errors import StageFailed, TryAgain
 from stages.log import event, info
 from stages.methods.base import Prepared
 from stages.objective import ObjectiveSpec
+from stages.preemption import Preemption
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_REFUSED = {
-    "gradient_checkpointing": "use train.gradient_checkpointing",
-    "save_total_limit": "use train.keep_checkpoints: the trainer deletes by the clock",
-    "save_only_model": "a checkpoint without its optimizer resumes as another run, without a word",
-    "ignore_data_skip": "a resumed run would see other rows",
-    "fp16": "use train.precision; float16 without loss scaling is not offered",
-    "loss_weights": "a stage has one loss: train.loss",
-    "load_best_model_at_end": "there is no evaluation inside a stage; gates judge its end",
-    "eval_strategy": "there is no evaluation inside a stage; metrics are measured at its end",
-    "push_to_hub": "a trainer's checkpoints are not for publishing; publish the released model",
-    "trust_remote_code": "code that comes with a model is never run",
-    "model_init_kwargs": "the stage loads its own start model",
-}
-"""Arguments that would be ignored, or would break what a stage promises; each with what to do instead."""
-
-_OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-}
 _CURVE = ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
 """What is kept of each logged step."""
 _ROUTER = ("output_router_logits", "router_aux_loss_coef")
 FIRST_LOSS_TOLERANCE = 0.02
 """How far DPO's first loss may be from its value for equal models: autocast rounds log-probabilities."""
-
-
-def trainer_arguments(stage: ObjectiveSpec, *, seed: int, folder: Path, bfloat16: bool, cpu: bool) -> dict[str, Any]:
-    """Every argument of the trainer that a spec decides, by the trainer's own names.
-
-    Args:
-        stage: the stage as the spec has it.
-        seed: the stage's seed or the pipeline's.
-        folder: where resumable checkpoints go.
-        bfloat16: whether the forward pass runs under bfloat16 autocast.
-        cpu: whether there is no GPU.
-    """
-    train = stage.train
-    return {
-        "output_dir": str(folder),
-        "learning_rate": train.learning_rate,
-        "num_train_epochs": train.epochs if train.epochs is not None else 1,
-        "max_steps": train.max_steps if train.max_steps is not None else -1,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
-        "lr_scheduler_type": train.schedule,
-        "warmup_steps": train.warmup_ratio,
-        "optim": _OPTIMIZERS[train.optimizer],
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": bfloat16,
-        "use_cpu": cpu,
-        "activation_checkpointing": train.gradient_checkpointing,
-        "seed": seed,
-        "data_seed": seed,
-        "save_strategy": "steps",
-        "save_steps": train.checkpoint_every,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # on, it reports a finite loss for a model that is all nan
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": not cpu,
-        **stage.trainer_arguments(),
-        **train.extra,
-    }
-
-
-@cache
-def known_arguments(module: str, name: str) -> frozenset[str]:
-    """The argument names of a trainer's configuration class, read from its source without importing it."""
-    package = importlib.util.find_spec(module.partition(".")[0])
-    if package is None or package.origin is None:
-        return frozenset()
-    file = Path(package.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    names: set[str] = set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    imports = {alias.name: node for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef) or node.name != name:
-            continue
-        names |= {
-            item.target.id
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        }
-        for parent in node.bases:
-            names |= _inherited(module, parent, imports)
-    return frozenset(names)
-
-
-def _inherited(module: str, parent: ast.expr, imports: dict[str, ast.ImportFrom]) -> frozenset[str]:
-    if not isinstance(parent, ast.Name):
-        return frozenset()
-    if parent.id == "TrainingArguments":
-        return known_arguments("transformers.training_args", parent.id)
-    source = imports.get(parent.id)
-    if source is None:
-        return frozenset()
-    home = module.rsplit(".", source.level)[0] if source.level else ""
-    return known_arguments(f"{home}.{source.module}".strip("."), parent.id)
-
-
-def extra_problems(stage: ObjectiveSpec) -> list[tuple[str, str]]:
-    """What is wrong with `train.extra`: the key, and a message."""
-    if not stage.train.extra:
-        return []  # reading the library's source takes longer than the rest of a plan
-    known = known_arguments(*stage.trainer_config)
-    ours = set(
-        trainer_arguments(
-            stage.model_copy(update={"train": stage.train.model_copy(update={"extra": {}})}),
-            seed=0,
-            folder=Path(),
-            bfloat16=False,
-            cpu=True,
-        )
-    )
-    problems = []
-    for key in stage.train.extra:
-        if key in ours:
-            problems.append((key, f"{key!r} is decided by the fields of train; remove it here"))
-        elif key in _REFUSED:
-            problems.append((key, f"{key!r} is not taken: {_REFUSED[key]}"))
-        elif key not in known:
-            from difflib import get_close_matches
-
-            near = get_close_matches(key, known, 3)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            problems.append((key, f"the trainer ({stage.trainer_config[1]}) has no argument {key!r}{hint}"))
-    return problems
 
 
 def computes_in_bfloat16() -> bool:
@@ -180,25 +52,6 @@ def score_only_learned_positions() -> None:
     from trl.trainer import utils
 
     utils._use_triton = lambda _device: True
-
-
-class Preemption:
-    """SIGTERM: while training, a flag that the next step boundary reads; elsewhere, the end at once.
-
-    A second SIGTERM ends the process wherever it is.
-    """
-
-    def __init__(self) -> None:
-        """Listen from now on; in the main thread only."""
-        self.asked = False
-        self.training = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not self.training:
-            raise TryAgain("told to stop; run again to go on")
 
 
 def fit(

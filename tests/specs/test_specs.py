@@ -667,7 +667,7 @@ def test_a_gate_may_look_back_at_any_earlier_stage(tmp_path: Path) -> None:
 
 def test_reading_a_spec_imports_no_torch() -> None:
     script = (
-        "import sys, stages.pipeline, stages.train\n"
+        "import sys, stages.pipeline, stages.arguments\n"
         "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
     )
     root = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from stages.arguments import extra_problems, known_arguments, trainer_arguments
 from stages.objective import ObjectiveSpec
 from stages.pipeline import load_pipeline
-from stages.train import extra_problems, known_arguments, trainer_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ OTHER: dict[str, Any] = {
 # Fields that no argument of the trainer carries, with the file that reads them and what they do there.
 ELSEWHERE = {
     "precision": ("stages/train.py", "decides the argument bfloat16 of trainer_arguments"),
-    "weights_dtype": ("stages/run.py", "the dtype in which the method loads the model"),
+    "weights_dtype": ("stages/make.py", "the dtype in which the method loads the model"),
     "keep_checkpoints": ("stages/train.py", "how many checkpoints survive pruning"),
     "document_end": ("stages/cpt.py", "the token that the dataset puts after each document"),
 }

@@ -11,6 +11,7 @@ from tiny import sentences
 from transformers import TrainerCallback, set_seed
 
 from specs.train import SMOOTHED_LOSSES, DpoLoss
+from stages.arguments import trainer_arguments
 from stages.conversation import turn_terminator
 from stages.cpt import Cpt
 from stages.dpo import Dpo
@@ -19,7 +20,7 @@ from stages.ift import IGNORED, Ift
 from stages.methods.base import Start
 from stages.methods.full import Full
 from stages.model import load_plain, load_tokenizer
-from stages.train import fit, trainer_arguments
+from stages.train import fit
 
 pytestmark = pytest.mark.model
 

@@ -10,12 +10,13 @@ from quantised import METHODS, STARTED, distance, logits, prepared
 from tiny import sentences, write_project
 from transformers import TrainerCallback
 
+from stages.arguments import trainer_arguments
 from stages.dpo import Dpo
 from stages.errors import TryAgain
 from stages.ift import Ift
 from stages.methods.base import MethodSpec
 from stages.model import load_tokenizer
-from stages.train import fit, trainer_arguments
+from stages.train import fit
 
 pytestmark = pytest.mark.model
 

@@ -205,9 +205,9 @@ def test_a_parent_that_is_not_there_is_refused(before_answers):
 
 @pytest.mark.parametrize("change", ["edited", "deleted"])
 def test_data_that_changes_while_the_stage_runs_is_refused(change, before_answers, monkeypatch):
-    from stages import run
+    from stages import make
 
-    fit = run.fit
+    fit = make.fit
     file = Path(before_answers.folder) / "data/instructions.jsonl"
 
     def meanwhile(*arguments, **settings):
@@ -218,7 +218,7 @@ def test_data_that_changes_while_the_stage_runs_is_refused(change, before_answer
             file.write_text(file.read_text().replace("say", "sing", 1))
         return found
 
-    monkeypatch.setattr(run, "fit", meanwhile)
+    monkeypatch.setattr(make, "fit", meanwhile)
     with pytest.raises(InvalidInput, match=r"instructions\.jsonl|data"):
         run_job(before_answers)
     assert not Path(before_answers.target).exists()

@@ -25,8 +25,8 @@ from stages.methods.lora import Lora
 from stages.methods.spectrum import Spectrum
 from stages.pipeline import load_pipeline
 from stages.plan import make_plan
+from stages.preemption import Preemption
 from stages.run import run_job
-from stages.train import Preemption
 
 pytestmark = pytest.mark.model
 
@@ -271,7 +271,7 @@ def test_sigterm_in_the_last_step_still_finishes(job, expected, monkeypatch):
 
 def test_sigterm_outside_of_training_ends_at_once(job, monkeypatch):
     stopped = job("cpt-spectrum")
-    monkeypatch.setattr("stages.run.mixed", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("stages.make.mixed", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(TryAgain, match="told to stop"):
         run_job(stopped, Preemption())
     assert not published(stopped)
@@ -379,7 +379,7 @@ def test_a_kill_during_the_merge_trains_no_step_again(job, expected, monkeypatch
 
     killed = job("cpt-spectrum")
     with monkeypatch.context() as patch:
-        patch.setattr("stages.run.hand_over", kill)
+        patch.setattr("stages.make.hand_over", kill)
         with pytest.raises(Killed):
             run_job(killed)
     steps = []
