@@ -30,7 +30,7 @@ TOKEN_SHAPES: dict[str, re.Pattern[str]] = {
         "a Prefect API key": _START + r"pn[ub]_[A-Za-z0-9]{30,}",
         "a signed token (JWT)": _START + r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
         "an authorization header": r"\b[Bb]earer\s+[A-Za-z0-9._~+/=-]{20,}",
-        "a private key": rf"-----BEGIN {_KEY_LINE}(?:[\s\S]{0,10000}?-----END {_KEY_LINE})?",
+        "a private key": rf"-----BEGIN {_KEY_LINE}(?:[\s\S]{{0,10000}}?-----END {_KEY_LINE})?",
         "a URL with a password": _START + r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s/:@]{0,256}:[^\s/]{1,256}@",
     }.items()
 }
