@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from datetime import date
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-
-Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-"""A name that is safe as a folder name and as a Prefect key."""
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spec(BaseModel):
@@ -30,18 +28,25 @@ def name_only(default: Any = ...) -> Any:
     return Field(default, json_schema_extra={"identity": False})
 
 
+def later_addition(default: Any) -> Any:
+    """A field that counts in an identity only where it was set: what was published before it existed is kept."""
+    return Field(default, json_schema_extra={"identity": "unless default"})
+
+
 def identity_fields(spec: BaseModel) -> dict[str, Any]:
     """The fields of ``spec`` that can change a result, nested and JSON-ready.
 
-    Fields declared with `name_only` are left out at every depth. Defaults are included: changing a
-    default of ours changes what a stage computes.
+    Fields declared with `name_only` are left out at every depth. Defaults are included, but for those of
+    `later_addition`: changing a default of ours changes what a stage computes.
     """
     fields: dict[str, Any] = {}
     for name, field in type(spec).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("identity") is False:
+        counts = extra.get("identity") if isinstance(extra, dict) else None
+        value = getattr(spec, name)
+        if counts is False or (counts == "unless default" and value == field.default):
             continue
-        fields[name] = _plain(getattr(spec, name))
+        fields[name] = _plain(value)
     return fields
 
 
@@ -52,6 +57,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, date):
+        return value.isoformat()
     return value
 
 

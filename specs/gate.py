@@ -6,6 +6,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from specs.base import Spec
 from specs.data import DataSpec
+from specs.paths import MetricName, Percent
 
 Positive = Annotated[int, Field(gt=0)]
 DEFAULT_STANDARD_ERRORS = 2.0
@@ -61,8 +62,6 @@ class LmEvalSpec(Spec):
 MetricSpec = Annotated[PerplexitySpec | PreferenceSpec | LmEvalSpec, Field(discriminator="kind")]
 
 Reference = Annotated[str, StringConstraints(min_length=1)]
-_AMOUNT = r"^\d{1,4}(\.\d{1,6})?\s?%$"
-Percent = Annotated[str, StringConstraints(pattern=_AMOUNT)]
 Amount = Annotated[float, Field(ge=0)] | Percent
 """A difference: absolute (0.02), or relative to the reference (5%)."""
 
@@ -77,7 +76,7 @@ def absolute(amount: float | str, reference: float) -> float:
 class GateSpec(Spec):
     """One rule over one metric. A value that is missing, nan or empty fails every rule."""
 
-    metric: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*(\.[a-z0-9_]+)?$")]
+    metric: MetricName
     """A metric's name, or `name.measure` for another of its measures: `pairs.reward_margin`."""
     at_least: float | None = None
     """The value must reach this."""

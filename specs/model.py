@@ -1,14 +1,13 @@
 """Where the base model comes from."""
 
-from typing import Annotated, Literal
+from datetime import date
+from typing import Literal
 
-from pydantic import StringConstraints, model_validator
+from pydantic import model_validator
 
-from specs.base import Spec
+from specs.base import Spec, later_addition
+from specs.paths import Commit, FilePath, HubId, Sha256
 
-HubId = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*/\w[\w.-]*$")]
-Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
-FilePath = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -27,6 +26,13 @@ class ModelSpec(Spec):
     """The precision of the released model and of every evaluation. Hand-overs between stages are float32."""
     chat_template: FilePath | None = None
     """A Jinja file, relative to the spec, for a tokenizer that has no chat template or an unfit one."""
+    template_date: date | None = later_addition(None)
+    """The day, YYYY-MM-DD, that a chat template which asks for today's date (`strftime_now`) is given, in training and
+    in evaluation: without it such a template is refused, since each day would train on another text."""
+    allow_remote_code: Sha256 | None = later_addition(None)
+    """The sha256, 64 hex digits, of the Python files that come with the model, to let just those files run. By
+    default no such code runs, and the message that refuses it names the digest. Read the code first: it may do
+    whatever you may do."""
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "ModelSpec":
@@ -36,4 +42,6 @@ class ModelSpec(Spec):
             raise ValueError(f"a model is one of path, gguf or hub; found {found}")
         if (self.hub is None) != (self.revision is None):
             raise ValueError("hub and revision go together: the revision is the commit, 40 hex digits")
+        if self.gguf is not None and self.allow_remote_code is not None:
+            raise ValueError("allow_remote_code goes with path or hub: a GGUF file brings no code; remove it")
         return self

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, SerializeAsAny
 
-from specs.base import Slug, Spec, name_only
+from specs.base import Spec, name_only
 from specs.data import DataSpec
 from specs.gate import GateSpec, MetricSpec
 from specs.model import ModelSpec
+from specs.paths import Slug
 from specs.train import TrainSpec
 
 Location = tuple[str | int, ...]

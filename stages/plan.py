@@ -24,6 +24,7 @@ from stages.artifact import (
     short,
     write_json,
 )
+from stages.conditions import MEMORY_ONLY
 from stages.data import digests
 from stages.errors import InvalidInput
 from stages.evaluate import Evaluation
@@ -239,7 +240,7 @@ class _Planner:
         else:
             reason = self._why(name, identity)
         place = target if artifact is None else artifact.path
-        work = self.store / ".work" / key[:16]  # no name in it: a stage that was renamed resumes
+        work = self.store / ".work" / _work_key(identity)
         if artifact is None and (step := checkpoint.newest_step(work / "checkpoints")):
             reason += f"; resumes at step {step}"
         measurements = () if name == RELEASE else self._measurements(name, place, key)
@@ -339,6 +340,7 @@ def _refuse_quantised(place: Path) -> None:
 def _base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[str, Any]:
     files = base_files(pipeline, folder)
     template = pipeline.model.chat_template
+    chosen = identity_fields(pipeline.model)
     if template is not None and not (folder / template).is_file():
         raise InvalidInput(f"model.chat_template: {folder / template}: no such file")
     return {
@@ -346,6 +348,7 @@ def _base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[st
         "files": {file.name: digest(file) for file in files},
         "hub": None if pipeline.model.hub is None else f"{pipeline.model.hub}@{pipeline.model.revision}",
         "chat_template": None if template is None else digest(folder / template),
+        **{name: value for name in ("template_date", "allow_remote_code") if (value := chosen.get(name)) is not None},
         "code": _BASE_VERSION,
     }
 
@@ -364,6 +367,13 @@ def _stage_identity(
         "versions": versions(TRAINING_LIBRARIES),
         "code": {"objective": stage.version, "method": stage.method.version},
     }
+
+
+def _work_key(identity: dict[str, Any]) -> str:
+    """The name of the folder that a step is made in: a stage that was renamed, or ran out of memory, goes on there."""
+    stage = identity.get("stage", {})
+    train = {name: value for name, value in stage.get("train", {}).items() if name not in MEMORY_ONLY}
+    return fingerprint(identity | {"stage": stage | {"train": train}})[:16]
 
 
 def data_digests(stage: ObjectiveSpec, folder: Path, digest: Callable[[Path], str] = sha256) -> list[list[str]]:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,6 +71,7 @@ NAME_ONLY = {
     "TrainSpec.checkpoint_every": "resuming gives the same result",
     "TrainSpec.keep_checkpoints": "disk space",
     "DataSpec.path": "the plan puts the content in its place",
+    "DataSpec.max_bad_rows": "refuses a source or not; the rows that are left are the same",
 }
 
 
@@ -172,6 +174,44 @@ REFUSED: dict[str, tuple[type[BaseModel], str, list[str]]] = {
         DataSpec,
         "{path: a.txt, columns: {text: 1}}",
         ["1:31: columns.text: expected text, found 1"],
+    ),
+    "limit of bad rows without leave to drop any": (
+        DataSpec,
+        "{path: a.txt, max_bad_rows: 3}",
+        ["1:1: max_bad_rows goes with on_bad_row: drop; add that, or remove max_bad_rows"],
+    ),
+    "more than all rows": (
+        DataSpec,
+        "{path: a.txt, on_bad_row: drop, max_bad_rows: 100.5%}",
+        ["1:1: max_bad_rows 100.5% is more than all rows; 100% are the most"],
+    ),
+    "no bad row to drop": (
+        DataSpec,
+        "{path: a.txt, on_bad_row: drop, max_bad_rows: 0}",
+        ["1:47: max_bad_rows: expected a number greater than 0 or text, found 0"],
+    ),
+    "unknown way with bad rows": (
+        DataSpec,
+        "{path: a.txt, on_bad_row: skip}",
+        ["1:27: on_bad_row: expected 'fail' or 'drop', found 'skip'"],
+    ),
+    "a day that no calendar has": (
+        ModelSpec,
+        "{path: a, template_date: 2026-02-30}",
+        [
+            "1:26: template_date: expected a valid date in the format YYYY-MM-DD, day value is outside expected "
+            "range, found '2026-02-30'"
+        ],
+    ),
+    "code without a digest": (
+        ModelSpec,
+        "{path: a, allow_remote_code: true}",
+        ["1:30: allow_remote_code: expected text, found true"],
+    ),
+    "code of a GGUF file": (
+        ModelSpec,
+        f"{{gguf: a.gguf, allow_remote_code: {'0a' * 32}}}",
+        ["1:1: allow_remote_code goes with path or hub: a GGUF file brings no code; remove it"],
     ),
     "no length of training": (TrainSpec, "{learning_rate: 1}", ["1:1: give either epochs or max_steps"]),
     "two lengths of training": (
@@ -348,6 +388,9 @@ ACCEPTED: dict[str, tuple[type[BaseModel], str]] = {
     "hub model": (ModelSpec, f"{{hub: org/base-1.5_b, revision: {COMMIT}}}"),
     "glob": (DataSpec, "{path: 'data/**/*.parquet', weight: 100}"),
     "hub data": (DataSpec, f"{{hub: a/b, revision: {COMMIT}, files: '*'}}"),
+    "dropped rows, by number": (DataSpec, "{path: a.csv, on_bad_row: drop, max_bad_rows: 3}"),
+    "dropped rows, by share": (DataSpec, "{path: a.csv, on_bad_row: drop, max_bad_rows: 0.5 %}"),
+    "code and a day": (ModelSpec, f"{{path: a, template_date: 2026-01-05, allow_remote_code: {'0a' * 32}}}"),
     "whole number for a fraction": (TrainSpec, "{learning_rate: 1, epochs: 1, warmup_ratio: 0}"),
     "smoothed": (DpoTrainSpec, f"{{{BASIC}, loss: exo_pair, label_smoothing: 1e-3}}"),
     "robust without smoothing": (DpoTrainSpec, f"{{{BASIC}, loss: robust}}"),
@@ -397,6 +440,13 @@ def test_a_stage_without_a_seed_has_the_pipelines(tmp_path: Path) -> None:
     assert [pipeline.seed_of(stage) for stage in pipeline.stages] == [5, 3, 3, 3]
     zero = pipeline.stages[0].model_copy(update={"seed": 0})
     assert pipeline.seed_of(zero) == 0
+
+
+def test_how_many_rows_may_be_dropped() -> None:
+    assert DataSpec(path="a.csv").droppable(1000) == 0
+    assert DataSpec(path="a.csv", on_bad_row="drop").droppable(1099) == 10
+    assert DataSpec(path="a.csv", on_bad_row="drop", max_bad_rows="0.07%").droppable(10_000) == 7
+    assert DataSpec(path="a.csv", on_bad_row="drop", max_bad_rows=3).droppable(1) == 3
 
 
 # Identity
@@ -478,6 +528,15 @@ def test_identity_changes_with_every_field_but_those_that_only_name(tmp_path: Pa
             if alone == fingerprint(identity_fields(spec)):
                 silent.add(field)
     assert silent == set(NAME_ONLY)
+
+
+def test_a_field_that_came_later_leaves_identities_as_they_were_until_it_is_set() -> None:
+    bare = {"hub": None, "revision": None, "files": None, "columns": {}, "weight": 1.0}
+    assert identity_fields(DataSpec(path="a.csv")) == bare
+    assert identity_fields(DataSpec(path="a.csv", on_bad_row="drop")) == bare | {"on_bad_row": "drop"}
+    assert not {"template_date", "allow_remote_code"} & set(identity_fields(ModelSpec(path="a")))
+    day = ModelSpec(path="a", template_date=date(2026, 1, 5))
+    assert identity_fields(day)["template_date"] == "2026-01-05"
 
 
 def test_identity_sees_lists_and_mappings_inside(tmp_path: Path) -> None:
