@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages import probe
 from stages.artifact import MODEL
 from stages.errors import InvalidInput
+from stages.finite import not_finite
 from stages.job import Job
 from stages.model import convert_gguf, load_plain, load_tokenizer
 
@@ -45,11 +46,10 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     model = load_plain(place, torch.float32)
     load_tokenizer(place)
     _refuse_quantised(model, place)
+    if broken := not_finite(model):
+        raise InvalidInput(f"{place}: the base holds inf or nan in {broken}; fetch or copy its files anew")
     ids = probe.probe_ids(model)
     probe.record(work, ids, probe.plain_logits(model, ids))
-    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
-        raise InvalidInput(f"{place}: the base holds inf or nan in {', '.join(broken[:3])}")
     record: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     if place.parent != work:
         record["model_path"] = str(place)

@@ -11,6 +11,7 @@ from stages import probe
 from stages.adapter import save_adapter
 from stages.artifact import ADAPTER, MODEL
 from stages.errors import StageFailed
+from stages.finite import not_finite
 from stages.methods.base import MethodSpec, Start
 from stages.model import load_plain, save_plain, set_stop_tokens
 from stages.serving import assemble
@@ -123,7 +124,7 @@ def _trained(
     """The trained model as it is compared, the precision, the probe's ids and the logits that must be found again."""
     import torch
 
-    broken = _not_finite(trained)
+    broken = not_finite(trained)
     if broken:
         raise StageFailed(f"training left inf or nan in {broken}; lower train.learning_rate and run again")
     dtype = min(probe.comparison_dtype(trained), getattr(torch, method.widest), key=lambda one: one.itemsize)
@@ -164,17 +165,9 @@ def _differences(
     changed -= _CONFIG_MAY_DIFFER | method.config_changes
     if changed:
         problems.append(f"the config changed in {', '.join(sorted(changed))}")
-    if broken := _not_finite(reloaded):
+    if broken := not_finite(reloaded):
         problems.append(f"inf or nan in {broken}")
     return problems
-
-
-def _not_finite(model: "torch.nn.Module") -> str:
-    """The first parameters that hold inf or nan, by name; empty where none does."""
-    import torch
-
-    floats = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
-    return ", ".join([name for name, p in floats if not bool(torch.isfinite(p).all())][:3])
 
 
 def _settings(config: "PretrainedConfig") -> dict[str, Any]:
