@@ -14,6 +14,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from typing_extensions import TypeAliasType
 
+from specs.paths import IN_WORDS
+from specs.secrets import redact
+
 Location = tuple[str | int, ...]
 """A place in a document: keys and list positions from the top."""
 
@@ -28,7 +31,6 @@ _EXPECTED = {
     "none_required": "nothing",
     **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a mapping"),
-    "string_pattern_mismatch": "text that matches {pattern}",
     "string_too_short": "text of {min_length} or more characters",
     "string_too_long": "text of {max_length} or fewer characters",
     "too_short": "{min_length} or more items",
@@ -52,8 +54,8 @@ def explain(model: type[BaseModel], errors: Iterable[ErrorDetails], data: object
     Args:
         model: What was validated against; its fields give the allowed and the nearest names.
         errors: As pydantic's `ValidationError.errors` gives them.
-        data: What was validated. Infinite numbers in it are not explained: only who read them knows how
-            they were written.
+        data: What was validated. Infinite numbers in it are not explained: who read them has refused them, as they
+            were written.
     """
     errors = list(errors)
     traces = [_trace(model, error["loc"], data) for error in errors]
@@ -189,6 +191,9 @@ def _expected(trace: _Trace, error: ErrorDetails) -> str | None:
     expected = _EXPECTED.get(error["type"])
     if expected == "a mapping" and isinstance(trace.kind, _Choice) and trace.kind.discriminator:
         return f"a mapping with the key '{trace.kind.discriminator}'"
+    if error["type"] == "string_pattern_mismatch":
+        pattern = error["ctx"]["pattern"]
+        return IN_WORDS.get(pattern, f"text that matches {pattern}")
     if expected is not None:
         return expected.format(**error.get("ctx", {}))
     if rest == error["msg"]:
@@ -252,7 +257,8 @@ def shown(value: object) -> str:
 
 
 def cut(text: str) -> str:
-    """Return text that fits into a message."""
+    """Return text that fits into a message, without a secret that would no longer be known as one."""
+    text = redact(text, {})
     return text if len(text) <= 60 else text[:59] + "…"
 
 

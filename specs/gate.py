@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from specs.base import Spec
 from specs.data import DataSpec
-from specs.paths import MetricName, Percent
+from specs.paths import FilePath, MetricName, Percent
 
 Positive = Annotated[int, Field(gt=0)]
 DEFAULT_STANDARD_ERRORS = 2.0
@@ -43,7 +43,7 @@ class LmEvalSpec(Spec):
     """A task of the LM evaluation harness, by its installed name or as a task YAML with local files."""
 
     kind: Literal["lm_eval"]
-    task: str
+    task: FilePath
     """A task YAML relative to the spec, or the name of an installed task."""
     metric: str = "acc"
     """The task's measure that gates use when they name none."""

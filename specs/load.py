@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, StreamMark
 from ruamel.yaml.reader import ReaderError
 
 from specs.explain import Location, cut, explain, one_line, shown
+from specs.secrets import looks_like_secret, redact
 
 M = TypeVar("M", bound=BaseModel)
 Mark = tuple[int, int]
@@ -37,6 +38,10 @@ _WORDS = dict.fromkeys(("", "~", "null", "Null", "NULL")) | {
 }
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _EMPTY = "the file is empty: a spec is a mapping of keys to values"
+_CONFIDENTIAL = (
+    "looks like {noun}: a spec is copied into manifests and logs, so it holds no secrets; remove it, export it as an "
+    "environment variable (the hub reads HF_TOKEN), and revoke it if anybody else has seen this file"
+)
 _NO_DATA = "a spec names its data, it does not hold it"
 
 
@@ -77,8 +82,8 @@ class Document:
     data: dict[str, Any]
     keys: dict[Location, Mark] = field(default_factory=dict, repr=False)
     values: dict[Location, Mark] = field(default_factory=dict, repr=False)
-    infinite: dict[Location, str] = field(default_factory=dict, repr=False)
-    """Numbers that are infinite or not a number, as written."""
+    refused: list[Problem] = field(default_factory=list, repr=False)
+    """Values that are sound YAML and yet never allowed; `validate` reports them with the rest."""
 
     def position(self, location: Location) -> Mark:
         """Return line and column of the key at a location, or of the closest key around it."""
@@ -86,7 +91,7 @@ class Document:
 
     def problem(self, location: Location, message: str) -> Problem:
         """Return a problem at the key of a location, for checks that follow validation."""
-        return Problem(str(self.path), *self.position(location), _dotted(location), message)
+        return _problem(self.path, self.position(location), location, message)
 
     def validate(self, model: type[M]) -> M:
         """Return the document as a model, validated strictly; lists are accepted for tuples.
@@ -94,10 +99,7 @@ class Document:
         Raises:
             SpecError: With every error that pydantic finds.
         """
-        problems = [
-            self._at_value(location, f"expected a finite number, found {cut(text)}")
-            for location, text in self.infinite.items()
-        ]
+        problems = [*self.refused]
         try:
             # As JSON: strict Python input refuses a list for a tuple and text for a path.
             result = model.model_validate_json(json.dumps(self.data), strict=True)
@@ -109,7 +111,7 @@ class Document:
         return result
 
     def _at_value(self, location: Location, message: str) -> Problem:
-        return Problem(str(self.path), *_nearest(self.values, location), _dotted(location), message)
+        return _problem(self.path, _nearest(self.values, location), location, message)
 
 
 def load(path: Path, model: type[M]) -> M:
@@ -187,12 +189,18 @@ class _Builder:
         self.count = 0
 
     def note(self, message: str) -> None:
-        location = tuple(self.path[:-1] if self.awaits_key else self.path)
-        self.problems.append(Problem(str(self.document.path), *self.mark, _dotted(location), message))
+        self.problems.append(self._here(message))
+
+    def refuse(self, message: str) -> None:
+        self.document.refused.append(self._here(message))
 
     def fail(self, message: str, mark: Mark | None = None) -> NoReturn:
-        problem = Problem(str(self.document.path), *(mark or self.mark), "", message)
+        problem = _problem(self.document.path, mark or self.mark, (), message)
         raise SpecError([*self.problems, problem]) from None
+
+    def _here(self, message: str) -> Problem:
+        location = tuple(self.path[:-1] if self.awaits_key else self.path)
+        return _problem(self.document.path, self.mark, location, message)
 
     def finish(self) -> Document:
         if not self.count:
@@ -290,6 +298,8 @@ class _Builder:
         text = str(event.value)
         if _NOT_TEXT.search(text):
             self.note("text cannot hold a NUL or half of a surrogate pair: remove the escape")
+        if noun := looks_like_secret(text):
+            self.refuse(_CONFIDENTIAL.format(noun=noun))
         if event.style is not None:
             return text
         if text in _WORDS:
@@ -302,9 +312,14 @@ class _Builder:
         elif _FLOAT.fullmatch(text):
             number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             if not math.isfinite(number):
-                self.document.infinite[tuple(self.path)] = text
+                self.refuse(f"expected a finite number, found {cut(text)}")
             return number
         return text
+
+
+def _problem(path: Path, mark: Mark, location: Location, message: str) -> Problem:
+    """A problem as it may be shown: whatever it quotes of the file, a secret is not in it."""
+    return Problem(str(path), *mark, redact(_dotted(location), {}), redact(message, {}))
 
 
 def _syntax(error: MarkedYAMLError) -> str:

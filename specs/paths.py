@@ -1,8 +1,24 @@
 """What a name, a path or another short text of a spec may look like, and how a message says so."""
 
+import re
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def _on_this_machine(path: str) -> str:
+    """Refuse what looks like a path and would be taken for the name of a file beside the spec."""
+    if path.startswith("~"):
+        raise ValueError(f"{path[:60]!r}: ~ is not expanded in a spec; write the absolute path")
+    if _URL.match(path):
+        raise ValueError(
+            f"{path[:60]!r} is a URL, and a path names a file on this machine: download it, or name what is on the "
+            "Hugging Face hub by hub and revision"
+        )
+    return path
+
 
 _SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 _HUB_ID = r"^\w[\w.-]*/\w[\w.-]*$"
@@ -18,7 +34,9 @@ Commit = Annotated[str, StringConstraints(pattern=_COMMIT)]
 Sha256 = Annotated[str, StringConstraints(pattern=_SHA256)]
 MetricName = Annotated[str, StringConstraints(pattern=_METRIC)]
 Percent = Annotated[str, StringConstraints(pattern=_PERCENT)]
-FilePath = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+FilePath = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_on_this_machine)]
+"""A file or folder of this machine. A relative one starts at the spec's folder and, once `..` and links are followed,
+stays in it: a spec that came from somebody else reads nothing of yours unless you can see an absolute path in it."""
 
 IN_WORDS = {
     _SLUG: "a name of 1 to 63 characters, a-z, 0-9, - and _, that starts with a letter or digit",
