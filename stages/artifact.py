@@ -7,8 +7,6 @@ can be edited without training again.
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint
+from stages.documents import PARTIAL, sync, write_json
 from stages.errors import InvalidInput, StageFailed
 
 MANIFEST = "manifest.json"
@@ -29,7 +28,6 @@ VERDICT = "verdict.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a plain checkpoint consists of."""
 _ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
-_PARTIAL = ".partial"
 _FORMAT = 1
 
 
@@ -119,27 +117,6 @@ def files_below(folder: Path) -> list[Path]:
     return found
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` so that readers see the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[str, Any]) -> Artifact:
     """Seal ``work`` with a manifest and let it appear at ``target`` by one rename.
 
@@ -152,7 +129,7 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
     files = {
         str(path.relative_to(work)): {"sha256": sha256(path), "size": path.stat().st_size}
         for path in files_below(work)
-        if path.name != MANIFEST and not path.name.endswith(_PARTIAL)
+        if path.name != MANIFEST and not path.name.endswith(PARTIAL)
     }
     for name in files:
         sync(work / name)
@@ -206,7 +183,7 @@ def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[s
     found += [
         f"{name} does not belong there"
         for name in present
-        if Path(name).parts[0] not in _ADDED_LATER and not name.endswith(_PARTIAL)
+        if Path(name).parts[0] not in _ADDED_LATER and not name.endswith(PARTIAL)
     ]
     return found + _damage_beneath(artifact, digest)
 

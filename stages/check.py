@@ -12,18 +12,17 @@ from specs.pipeline import Location
 from stages.arguments import extra_problems
 from stages.artifact import read
 from stages.count import Count
-from stages.data import Normaliser, read_source
+from stages.data import SAMPLE, Normaliser, read_source
 from stages.errors import InvalidInput
+from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
 from stages.metrics.harness import is_task_file, task_files
 from stages.pipeline import Pipeline
-from stages.plan import Plan, Step, base_files
+from stages.plan import Plan, Step
 from stages.requirements import stage_problems
 from stages.rows import any_scored_row, preference_row
 
-SAMPLE = 200
-"""Rows of each file that `validate` and `plan` look at; `run` reads them all."""
 _GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
 _GPU_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import probe
-from stages.artifact import ADAPTER, Artifact, find, read, require_writable, short, verified, write_json
+from stages.artifact import ADAPTER, Artifact, find, read, require_writable, short, verified
+from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specs.base import fingerprint
+from pydantic import TypeAdapter, ValidationError
+
 from specs.gate import MetricSpec, PerplexitySpec, PreferenceSpec
-from stages.artifact import write_json
+from stages.documents import read_sealed, write_sealed
+from stages.errors import InvalidInput
 from stages.measure import Measure
 from stages.metrics import harness, perplexity, preference
 
@@ -32,6 +34,11 @@ class Evaluation:
     def measure(self, name: str | None) -> Measure | None:
         """The named measure, or the default one; None where it was not measured."""
         return self.measures.get(name or self.default)
+
+
+_KEPT = TypeAdapter(Evaluation)
+_LIMIT = 256 << 20
+"""Bytes of an evaluation file: some million examples, each with its numbers."""
 
 
 def evaluate(
@@ -81,17 +88,12 @@ def save(evaluation: Evaluation, path: Path, identity: dict[str, Any]) -> None:
         "seconds": evaluation.seconds,
     }
     plain = json.loads(json.dumps(body, default=float))
-    write_json(path, {"sha256": fingerprint(plain), "body": plain})
+    write_sealed(path, plain)
 
 
 def load(path: Path) -> Evaluation | None:
     """The evaluation kept at ``path``, or None where there is none that is whole."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        body = document["body"]
-        if document["sha256"] != fingerprint(body):
-            return None
-        measures = {name: Measure.from_json(kept) for name, kept in body["measures"].items()}
-        return Evaluation(measures, body["default"], body["shown"], body["log_likelihoods"], body["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _KEPT.validate_python(read_sealed(path, limit=_LIMIT))
+    except (InvalidInput, ValidationError):
         return None

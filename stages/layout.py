@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.documents import read_object
 from stages.errors import InvalidInput
 
 INDEX = "model.safetensors.index.json"
@@ -195,7 +196,9 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         InvalidInput: no config, no safetensors files, a damaged header, or a file that the index names is missing.
     """
-    config = _json(folder / "config.json", f"{folder}: not the folder of a model: it has no config.json")
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(f"{folder}: not the folder of a model: it has no config.json")
+    config = read_object(folder / "config.json")
     tensors = [tensor for file in _files(folder) for tensor in _header(file)]
     return Layout(folder, config, tuple(tensors))
 
@@ -350,7 +353,7 @@ def _files(folder: Path) -> list[Path]:
         if not found:
             raise InvalidInput(f"{folder}: no safetensors files; convert the weights with save_pretrained first")
         return found
-    named = _json(index, "").get("weight_map")
+    named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise InvalidInput(f"{index}: its weight_map should give the file of each weight, and does not; fetch it again")
     files = [folder / name for name in sorted(set(named.values()))]
@@ -386,15 +389,3 @@ def _header(file: Path) -> list[Tensor]:
     if any(tensor.stop > size for tensor in found):
         raise InvalidInput(f"{file}: cut off: its header promises more than its {size} bytes; fetch it again")
     return sorted(found, key=lambda tensor: tensor.start)
-
-
-def _json(file: Path, missing: str) -> dict[str, Any]:
-    if missing and not file.is_file():
-        raise InvalidInput(missing)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{file}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InvalidInput(f"{file}: not a JSON object")
-    return found

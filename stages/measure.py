@@ -24,11 +24,6 @@ class Measure:
         """The measure as evaluation files keep it."""
         return {name: getattr(self, name) for name in self.__slots__}
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Measure":
-        """The measure that `as_json` wrote."""
-        return cls(**kept | {"numerators": tuple(kept["numerators"]), "weights": tuple(kept["weights"])})
-
 
 def ratio(numerators: list[float], weights: list[float], better: Literal["higher", "lower"]) -> Measure:
     """The measure sum(numerators) / sum(weights) with the standard error of a ratio estimator.

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.artifact import write_json
+from stages.documents import read_object, write_json
 from stages.errors import InvalidInput
 from stages.layout import Layout
 from stages.scan.select import by_type, share
@@ -98,7 +98,7 @@ def read_scores(file: Path) -> dict[str, Known]:
     Raises:
         InvalidInput: not such a file, or nan in it.
     """
-    document = _read_json(file)
+    document = read_object(file)
     if isinstance(document.get("matrices"), list):
         found = dict(_own(file, number, row) for number, row in enumerate(document["matrices"], 1))
     else:
@@ -211,13 +211,3 @@ def _finite(value: float | None) -> float | None:
 
 def _indented(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=4, allow_nan=False)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{file}: not a JSON object")
-    return document

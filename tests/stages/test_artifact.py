@@ -8,7 +8,8 @@ import pytest
 
 from specs.base import fingerprint
 from stages import artifact as store
-from stages.artifact import Artifact, damage, find, newest_of_stage, publish, read, set_aside, verified, write_json
+from stages.artifact import Artifact, damage, find, newest_of_stage, publish, read, set_aside, verified
+from stages.documents import write_json
 from stages.errors import StageFailed
 
 INPUTS = {"kind": "stage", "seed": 3}

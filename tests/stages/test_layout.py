@@ -213,7 +213,7 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
     ("harm", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "not the folder of a model: it has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a JSON object"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors files"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"), "not a whole safetensors file"),
@@ -232,9 +232,9 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
         *(
             (lambda folder, text=text: (folder / INDEX).write_text(text), message)
             for text, message in {
-                "": "index.json: not JSON",
+                "": "index.json: cannot be read as JSON",
                 "[]": "index.json: not a JSON object",
-                "[" * 9999: "index.json: not JSON",
+                "[" * 9999: "index.json: cannot be read as JSON",
                 "{}": "its weight_map should give the file of each weight",
                 '{"weight_map": []}': "its weight_map should give the file of each weight",
                 '{"weight_map": {"a": 1}}': "its weight_map should give the file of each weight",

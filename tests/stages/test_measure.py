@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 
+from stages import evaluate
 from stages.measure import Measure, difference, ratio
 
 
@@ -143,6 +144,8 @@ def test_one_shared_example_gives_no_error():
     assert difference(ours, theirs) == (pytest.approx(0.3), None)
 
 
-def test_a_measure_survives_its_json():
+def test_a_measure_survives_its_file(tmp_path):
     for measure in (*correlated(), Measure(0.5, None, 7, "higher")):
-        assert Measure.from_json(measure.as_json()) == measure
+        kept = evaluate.Evaluation({"x": measure}, "x", {"tokens": 7}, {"chosen": [-1.5]}, 0.25)
+        evaluate.save(kept, tmp_path / "x.json", {"model": "a"})
+        assert evaluate.load(tmp_path / "x.json") == kept

@@ -10,7 +10,7 @@ import pytest
 from tiny import write_data, write_rows
 
 from specs.base import fingerprint
-from stages import checkpoint, evaluate, plan
+from stages import checkpoint, evaluate, identity
 from stages.artifact import publish, read
 from stages.errors import InvalidInput
 from stages.measure import ratio
@@ -262,27 +262,27 @@ def test_the_data_file_that_changed_is_told_from_the_others(project):
 
 
 def test_a_library_that_trains_is_named_with_both_versions(done, monkeypatch):
-    real = plan.versions(("trl",))["trl"]
-    version = plan.metadata.version
-    monkeypatch.setattr(plan.metadata, "version", lambda name: "99.0" if name == "trl" else version(name))
-    plan.versions.cache_clear()
+    real = identity.versions(("trl",))["trl"]
+    version = identity.metadata.version
+    monkeypatch.setattr(identity.metadata, "version", lambda name: "99.0" if name == "trl" else version(name))
+    identity.versions.cache_clear()
     try:
         found = done.plan()
     finally:
-        plan.versions.cache_clear()
+        identity.versions.cache_clear()
     assert kept(found) == ["base"]
     assert reasons(found)["knowledge"] == f"changed: versions.trl: {real!r} -> '99.0'"
     assert missing(found).keys() == set(NAMES) - {"base", "release"}
 
 
 def test_a_library_that_measures_only_makes_measurements_missing(done, monkeypatch):
-    version = plan.metadata.version
-    monkeypatch.setattr(plan.metadata, "version", lambda name: "99.0" if name == "lm_eval" else version(name))
-    plan.versions.cache_clear()
+    version = identity.metadata.version
+    monkeypatch.setattr(identity.metadata, "version", lambda name: "99.0" if name == "lm_eval" else version(name))
+    identity.versions.cache_clear()
     try:
         found = done.plan()
     finally:
-        plan.versions.cache_clear()
+        identity.versions.cache_clear()
     assert kept(found) == NAMES
     assert missing(found).keys() == set(NAMES) - {"release"}
 

@@ -15,9 +15,10 @@ from specs.base import fingerprint
 from stages.artifact import MANIFEST, MODEL, read
 from stages.conversation import end_of_text, turn_terminator
 from stages.errors import InvalidInput, StageFailed
+from stages.identity import MEASURING_LIBRARIES, TRAINING_LIBRARIES
 from stages.model import load_tokenizer
 from stages.pipeline import load_pipeline
-from stages.plan import MEASURING_LIBRARIES, TRAINING_LIBRARIES, make_plan
+from stages.plan import make_plan
 from stages.run import run_job
 
 pytestmark = pytest.mark.model

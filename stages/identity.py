@@ -1,0 +1,208 @@
+"""What identifies a step: every input that could change its result, by content. Says, too, which of them changed."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from specs.base import fingerprint, identity_fields
+from specs.gate import LmEvalSpec, MetricSpec
+from specs.pipeline import BASE
+from stages.artifact import MODEL_FILES, sha256
+from stages.conditions import MEMORY_ONLY
+from stages.data import digests
+from stages.documents import read_json, write_json
+from stages.errors import InvalidInput
+from stages.metrics.harness import is_task_file, task_files
+from stages.objective import ObjectiveSpec
+from stages.pipeline import Pipeline
+
+TRAINING_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+)
+MEASURING_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
+_DIGEST = re.compile(r"(^|:)[0-9a-f]{64}$")
+_BASE_VERSION = 1
+
+
+class Digests:
+    """sha256 of files, remembered by size, inode and time of change, so that planning is quick."""
+
+    def __init__(self, file: Path) -> None:
+        """Read what is remembered in ``file``, if anything."""
+        self._file = file
+        self._changed = False
+        try:
+            kept = read_json(file)
+        except InvalidInput:
+            kept = None
+        self._known: dict[str, Any] = kept if isinstance(kept, dict) else {}
+
+    def __call__(self, path: Path) -> str:
+        """The sha256 (hex) of a file."""
+        status = path.stat()
+        stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        key = str(path.resolve())
+        known = self._known.get(key)
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
+        digest = sha256(path)
+        self._known[key] = [*stamp, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Remember what was computed."""
+        if self._changed:
+            write_json(self._file, self._known)
+
+
+@cache
+def versions(libraries: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions, without importing anything."""
+    found = {}
+    for library in libraries:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "absent"
+    return found
+
+
+def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
+    """The files that make up the base model, sorted by name.
+
+    Raises:
+        InvalidInput: the folder or file is missing, or is no model.
+    """
+    spec = pipeline.model
+    if spec.gguf is not None:
+        file = folder / spec.gguf
+        if not file.is_file():
+            raise InvalidInput(f"model.gguf: {file}: no such file")
+        return [file]
+    if spec.path is None:
+        return []
+    place = folder / spec.path
+    if not place.is_dir():
+        raise InvalidInput(f"model.path: {place}: no such folder")
+    adapter = (place / "adapter_config.json").is_file()
+    if not (place / "config.json").is_file() or not list(place.glob("*.safetensors")):
+        only = " It holds an adapter only: merge it into its base first." if adapter else ""
+        raise InvalidInput(f"model.path: {place}: not a model: a checkpoint has config.json and *.safetensors.{only}")
+    if adapter:
+        raise InvalidInput(
+            f"model.path: {place}: holds whole weights and an adapter (adapter_config.json), and transformers would "
+            "put the second on the first; merge it into its base first, or move the adapter's files elsewhere"
+        )
+    _refuse_quantised(place)
+    return sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
+
+
+def _refuse_quantised(place: Path) -> None:
+    """Adapters merge into floating-point weights, and quantising twice is two errors."""
+    try:
+        settings = read_json(place / "config.json").get("quantization_config")
+    except (InvalidInput, AttributeError):
+        return  # what is no config at all is refused where the model is looked at
+    if settings is not None:
+        found = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise InvalidInput(
+            f"model.path: {place}: the base is quantised already (quantization_config: {found or settings}); name the "
+            "original weights: methods qlora, loftq, lq_lora and qa_lora quantise by themselves"
+        )
+
+
+def base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[str, Any]:
+    """What identifies the base: its files and what is laid over them, by content.
+
+    Raises:
+        InvalidInput: a file is missing, or the folder is no model.
+    """
+    files = base_files(pipeline, folder)
+    template = pipeline.model.chat_template
+    chosen = identity_fields(pipeline.model)
+    if template is not None and not (folder / template).is_file():
+        raise InvalidInput(f"model.chat_template: {folder / template}: no such file")
+    return {
+        "kind": BASE,
+        "files": {file.name: digest(file) for file in files},
+        "hub": None if pipeline.model.hub is None else f"{pipeline.model.hub}@{pipeline.model.revision}",
+        "chat_template": None if template is None else digest(folder / template),
+        **{name: value for name in ("template_date", "allow_remote_code") if (value := chosen.get(name)) is not None},
+        "code": _BASE_VERSION,
+    }
+
+
+def stage_identity(
+    pipeline: Pipeline, stage: ObjectiveSpec, parent: str, folder: Path, digest: Digests
+) -> dict[str, Any]:
+    """What identifies a stage: its fields, its data and its method's files by content, and the step before it.
+
+    Raises:
+        InvalidInput: a file is missing.
+    """
+    read = {name: digest(folder / name) for name in stage.method.files()}
+    return {
+        "kind": "stage",
+        "stage": identity_fields(stage),
+        **({"files": read} if read else {}),
+        "parent": parent,
+        "data": data_digests(stage, folder, digest),
+        "seed": pipeline.seed_of(stage),
+        "versions": versions(TRAINING_LIBRARIES),
+        "code": {"objective": stage.version, "method": stage.method.version},
+    }
+
+
+def work_key(identity: dict[str, Any]) -> str:
+    """The name of the folder that a step is made in: a stage that was renamed, or ran out of memory, goes on there."""
+    stage = identity.get("stage", {})
+    train = {name: value for name, value in stage.get("train", {}).items() if name not in MEMORY_ONLY}
+    return fingerprint(identity | {"stage": stage | {"train": train}})[:16]
+
+
+def data_digests(stage: ObjectiveSpec, folder: Path, digest: Callable[[Path], str] = sha256) -> list[list[str]]:
+    """The content of a stage's sources, in order."""
+    return [digests(source, folder, digest) for source in stage.data]
+
+
+def metric_digests(spec: MetricSpec, folder: Path, digest: Digests) -> list[str]:
+    """The content of what a metric measures on.
+
+    Raises:
+        InvalidInput: a file is missing.
+    """
+    if not isinstance(spec, LmEvalSpec):
+        return digests(spec.data, folder, digest)
+    if not is_task_file(spec.task):
+        return []
+    return [digest(file) for file in task_files(folder / spec.task)]
+
+
+def changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two identity documents, by field: `train.learning_rate: 2e-05 -> 1e-05`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{path}.{key}" if path and path != "stage" else key
+            found += changes(old.get(key), new.get(key), inner)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [text for n, pair in enumerate(zip(old, new, strict=True)) for text in changes(*pair, f"{path}.{n}")]
+    if old == new:
+        return []
+    if path == "parent":
+        return ["the step before it"]
+    if any(isinstance(side, str) and _DIGEST.search(side) for side in (old, new)):
+        return [f"content of {path}"]
+    return [f"{path}: {old!r:.60} -> {new!r:.60}"]
