@@ -4,6 +4,7 @@ One function per piece of advice, all in the table `ADVICE`. None needs torch, a
 of the base and a bounded number of rows.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from specs.load import Document, Problem
 from specs.pipeline import Location
-from stages.data import read_source
+from stages.data import SAMPLE, Count, read_source
 from stages.errors import InvalidInput
 from stages.layout import Layout, read_layout
 from stages.methods.lora import LowRank
@@ -39,6 +40,7 @@ HU = "Hu et al., arXiv 2106.09685, section 4"
 OUYANG = "Ouyang et al., arXiv 2203.02155, section 3.5"
 KOPICZKO = "Kopiczko et al., arXiv 2310.11454"
 CHEN = "Chen et al., arXiv 2309.12307"
+LEFT_OUT = "on_bad_row: drop"
 ROUNDING = "measured: docs/decisions/0004"
 REQUANTISING = "measured: docs/decisions/0007"
 EXPERTS = "transformers 5: the experts of a layer are one parameter, no linear modules"
@@ -151,6 +153,24 @@ def many_passes_over_a_small_set(stage: ObjectiveSpec, context: Context) -> str 
     )
 
 
+def rows_left_out(stage: ObjectiveSpec, context: Context) -> str | None:
+    """Rows that cannot be used are worth a look, also where a run goes on without them."""
+    found = []
+    for source in stage.data:
+        if source.path is None or source.on_bad_row == "fail":
+            continue
+        count = Count(source.label)
+        try:
+            deque(read_source(source, context.folder, stage.normalise, SAMPLE, count), maxlen=0)
+        except InvalidInput:
+            continue  # what is refused is told by `stages.check`
+        if count.bad:
+            of = f"{'the first ' if count.sampled else ''}{count.rows} rows"
+            first = count.as_record(context.folder)["first_dropped"][0]
+            found.append(f"{count.bad} of {of} of {source.label} will be left out; the first is {first}")
+    return "; ".join(found) or None
+
+
 def rank_beyond_use(stage: ObjectiveSpec, context: Context) -> str | None:
     """An update with more parameters than its matrix saves nothing."""
     useful = useful_rank(stage, context)
@@ -248,6 +268,7 @@ def context_that_is_never_trained(stage: ObjectiveSpec, context: Context) -> str
 ADVICE = (
     Advice(("method", "rank"), low_rank_in_cpt, BIDERMAN),
     Advice(("method", "alpha"), alpha_far_from_twice_the_rank, BIDERMAN),
+    Advice(("data",), rows_left_out, LEFT_OUT),
     Advice(("train", "epochs"), many_passes_over_a_small_set, OUYANG),
     Advice(("method", "rank"), rank_beyond_use, HU),
     Advice(("train", "learning_rate"), release_rounds_the_update, ROUNDING),

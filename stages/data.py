@@ -5,17 +5,65 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from specs.data import FORMATS, DataSpec
 from stages.artifact import sha256
 from stages.errors import InvalidInput
-from stages.rows import BadRow, Row
+from stages.log import info
+from stages.rows import BadRow, BrokenFile, Row
 
 Normaliser = Callable[[Row], Row]
+SAMPLE = 200
+"""Rows of each file that `validate` and `plan` look at; `run` reads them all."""
 SHOWN = 5
-"""Bad rows named in one message; the rest is counted."""
+"""Bad rows named in one message or record; the rest is counted."""
+
+
+@dataclass(slots=True)
+class Count:
+    """What became of the rows of a source: good ones are used, bad ones are left out or refuse it."""
+
+    source: str
+    """What the spec calls it."""
+    rows: int = 0
+    """All that were read, good and bad."""
+    bad: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    """Rows read of each file, by its path."""
+    first: list[str] = field(default_factory=list)
+    """The first `SHOWN` bad ones: ``file:line: reason``."""
+    sampled: bool = False
+    """Whether a limit kept rows from being read."""
+
+    @property
+    def used(self) -> int:
+        """The rows that the source gives."""
+        return self.rows - self.bad
+
+    def as_record(self, folder: Path) -> dict[str, Any]:
+        """For manifests; places are relative to ``folder``, the spec's."""
+        first = [line.removeprefix(f"{folder}/") for line in self.first]
+        return {"source": self.source, "rows": self.rows, "dropped": self.bad, "first_dropped": first}
+
+    def __str__(self) -> str:
+        """One line, with the rows of each file: ``data/a.jsonl: 40 rows, 2 of them cannot be used``."""
+        each = (
+            "" if len(self.files) < 2 else " (" + ", ".join(f"{Path(k).name} {n}" for k, n in self.files.items()) + ")"
+        )
+        bad = f", {self.bad} of them cannot be used" if self.bad else ""
+        return f"{self.source}: {self.rows} rows{each}{bad}"
+
+
+class Mixture(NamedTuple):
+    """The rows of a stage."""
+
+    rows: list[Row]
+    """Weights applied, in the stage's own order."""
+    counts: list[Count]
+    """What was read of each source, before its weight."""
 
 
 def files_of(source: DataSpec, folder: Path) -> list[Path]:
@@ -77,7 +125,9 @@ def digests(source: DataSpec, folder: Path, digest: Callable[[Path], str] = sha2
     return [f"{path.suffix}:{digest(path)}" for path in files_of(source, folder)]
 
 
-def read_source(source: DataSpec, folder: Path, normalise: Normaliser, limit: int | None = None) -> Iterator[Row]:
+def read_source(
+    source: DataSpec, folder: Path, normalise: Normaliser, limit: int | None = None, count: Count | None = None
+) -> Iterator[Row]:
     """The rows of a source in order, normalised.
 
     Args:
@@ -85,51 +135,96 @@ def read_source(source: DataSpec, folder: Path, normalise: Normaliser, limit: in
         folder: what relative paths start from.
         normalise: one of the functions of `stages.rows`.
         limit: read this many rows of each file at most.
+        count: is told what was read and what was left out; whoever uses the rows has to say so.
 
     Raises:
-        InvalidInput: bad rows (the first few by file and line, the rest counted), or no rows at all.
+        InvalidInput: more bad rows than the source lets be left out (the first few by file and line, the rest
+            counted), a file that breaks off, or no good row at all.
     """
-    bad: list[str] = []
-    number_of_bad = 0
-    good = 0
+    count = Count(source.label) if count is None else count
+    broken = False
     for path in files_of(source, folder):
-        for place, raw in _read_file(path, limit):
+        count.files[str(path)] = 0
+        for place, raw in _read_file(path, limit, count):
+            count.rows += 1
+            count.files[str(path)] += 1
             try:
                 if isinstance(raw, BadRow):
                     raise raw
                 row = normalise(_renamed(raw, source.columns))
             except BadRow as error:
-                number_of_bad += 1
-                if len(bad) < SHOWN:
-                    bad.append(f"{path}:{place}: {error}")
+                broken = broken or isinstance(error, BrokenFile)
+                count.bad += 1
+                if len(count.first) < SHOWN or isinstance(error, BrokenFile):
+                    count.first.append(f"{path}:{place}: {error}")
                 continue
-            good += 1
-            if not bad:
+            if source.on_bad_row == "drop" or not count.bad:
                 yield row
-    if bad:
-        more = f"\n... and {number_of_bad - len(bad)} more bad rows" if number_of_bad > len(bad) else ""
-        raise InvalidInput("\n".join(bad) + more)
-    if not good:
-        raise InvalidInput(f"{source.label}: no rows")
+    if count.bad and (broken or count.bad > _allowed(source, count)):
+        raise InvalidInput("\n".join([*count.first, _too_many(source, count, broken=broken)]))
+    if not count.used:
+        raise InvalidInput("\n".join([*count.first, f"{source.label}: no rows{_what_was_read(count)}"]))
 
 
-def mixed(sources: Sequence[DataSpec], folder: Path, normalise: Normaliser, seed: int) -> list[Row]:
-    """All rows of all sources by their weights, in one seeded order.
+def tell_what_was_left_out(count: Count) -> None:
+    """A line in the log for every source of which rows were left out, with the first of them."""
+    if count.bad:
+        more = f"; and {count.bad - len(count.first)} more" if count.bad > len(count.first) else ""
+        info(f"{count}; left out, as on_bad_row: drop allows: {'; '.join(count.first)}{more}")
+
+
+def _allowed(source: DataSpec, count: Count) -> int:
+    """How many bad rows are left out; of a sample, a share says nothing yet about the whole."""
+    if source.on_bad_row == "drop" and count.sampled and isinstance(source.max_bad_rows, str):
+        return count.rows
+    return source.droppable(count.rows)
+
+
+def _too_many(source: DataSpec, count: Count, *, broken: bool) -> str:
+    of = f"of {'the first ' if count.sampled else ''}{count.rows} rows"
+    shown = f" ({len(count.first)} of them shown)" if count.bad > len(count.first) else ""
+    found = f"{source.label}: {count.bad} {of} cannot be used{shown}"
+    if broken:
+        return f"{found}, and what follows in a file that breaks off cannot be read: write that file anew"
+    if source.on_bad_row == "drop":
+        allowed = source.droppable(count.rows)
+        return (
+            f"{found}; max_bad_rows ({source.max_bad_rows}) lets {allowed} be left out: correct the rows, or raise it"
+        )
+    return f"{found}: correct them, or let them be left out (on_bad_row: drop)"
+
+
+def _what_was_read(count: Count) -> str:
+    if not count.rows:
+        names = ", ".join(Path(name).name for name in count.files)
+        return f"; {names} {'is' if len(count.files) == 1 else 'are'} empty: put rows in, or remove the source"
+    return f" are left: all {count.rows} that were read cannot be used; correct them"
+
+
+def mixed(sources: Sequence[DataSpec], folder: Path, normalise: Normaliser, seed: int) -> Mixture:
+    """All rows of all sources by their weights, in one seeded order, and what was read of each source.
 
     A weight of 2.5 takes each row twice and a seeded half of them once more.
+
+    Raises:
+        InvalidInput: a source cannot be used, or no row is left.
     """
     rows: list[Row] = []
+    counts: list[Count] = []
     for number, source in enumerate(sources):
-        own = list(read_source(source, folder, normalise))
+        count = Count(source.label)
+        own = list(read_source(source, folder, normalise, count=count))
+        counts.append(count)
         order = random.Random(f"{seed}/{number}")  # noqa: S311 - sampling, not secrets
         whole, part = divmod(source.weight, 1)
         rows += own * int(whole)
         rows += order.sample(own, round(part * len(own)))
     if not rows:
         names = ", ".join(source.label for source in sources)
-        raise InvalidInput(f"{names}: no rows are left after weighting; raise the weights")
+        read = "; ".join(map(str, counts))
+        raise InvalidInput(f"{names}: no rows are left after weighting; raise the weights (read: {read})")
     random.Random(seed).shuffle(rows)  # noqa: S311
-    return rows
+    return Mixture(rows, counts)
 
 
 def _renamed(raw: Row, columns: dict[str, str]) -> Row:
@@ -144,12 +239,13 @@ def _renamed(raw: Row, columns: dict[str, str]) -> Row:
     }
 
 
-def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, limit: int | None, count: Count) -> Iterator[tuple[str, Any]]:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise InvalidInput(f"{path}: cannot tell its format; allowed endings: {', '.join(FORMATS)}")
     for number, (place, row) in enumerate(reader(path)):
         if limit is not None and number >= limit:
+            count.sampled = True
             return
         yield place, row
 
@@ -158,12 +254,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield str(number), _json_row(line)
+                yield str(number), _json_row(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
-def _json_row(line: bytes) -> Row | BadRow:
+def _json_row(line: bytes, encoding: str) -> Row | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode(encoding))
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
     except (ValueError, RecursionError) as error:
@@ -188,9 +284,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 extra = None in row or None in row.values()
                 yield str(lines.number), BadRow(f"not {len(reader.fieldnames or ())} columns") if extra else row
         except UnicodeDecodeError as error:
-            yield str(lines.number), BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
+            yield str(lines.number), BrokenFile(f"not UTF-8 (byte {error.start + 1} of the line)")
         except csv.Error as error:
-            yield str(lines.number), BadRow(f"not CSV: {error}")
+            yield str(lines.number), BrokenFile(f"not CSV: {error}")
 
 
 class _Decoded:
@@ -210,15 +306,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches(1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield str(number), row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield "1", BadRow(f"not a Parquet file: {error}")
+        yield str(number + 1), BrokenFile(f"not a Parquet file: {error}")
 
 
 _READERS = {".jsonl": _read_jsonl, ".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -5,15 +5,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import IftTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
+from stages.finite import IGNORED
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, conversation_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label that the loss skips."""
 
 
 class Ift(ObjectiveSpec):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specs.pipeline import StageSpec
+from stages.data import Count
 from stages.errors import InvalidInput
 from stages.methods import Method
 from stages.rows import Row
@@ -33,16 +34,20 @@ class MaskReport:
         """For manifests and tables, with the share that is trained."""
         return asdict(self) | {"trained_share": round(self.trained_tokens / max(1, self.tokens), 4)}
 
-    def checked(self, stage: str) -> "MaskReport":
+    def checked(self, stage: str, read: Sequence[Count]) -> "MaskReport":
         """The report itself.
+
+        Args:
+            stage: its name.
+            read: what was read of each of its sources.
 
         Raises:
             InvalidInput: nothing would be trained.
         """
         if self.trained_tokens == 0:
             raise InvalidInput(
-                f"stage {stage}: no token would be trained ({self.rows} rows, {self.dropped_rows} of them have "
-                "nothing to learn within train.sequence_length); raise it, or look at the rows"
+                f"stage {stage}: no token would be trained: {self.dropped_rows} of {self.rows} rows have nothing to "
+                f"learn within train.sequence_length; raise it, or look at the rows (read: {'; '.join(map(str, read))})"
             )
         return self
 

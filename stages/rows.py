@@ -11,6 +11,10 @@ class BadRow(ValueError):
     """A row that cannot be used; the message is the reason, the reader adds file and line."""
 
 
+class BrokenFile(BadRow):
+    """A place from which on a file cannot be read: what is lost behind it is not counted, so it is never left out."""
+
+
 def text_row(row: Row) -> Row:
     """A document: ``{"text": str}``."""
     return {"text": _text(row, "text")}

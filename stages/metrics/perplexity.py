@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.gate import PerplexitySpec
 from stages.conversation import Encoded, encode_conversation
-from stages.data import read_source
+from stages.data import Count, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.metrics.scoring import log_likelihoods
@@ -26,7 +26,9 @@ def measure(
     Returns:
         The measure `bits_per_byte`, and what is shown beside it: word perplexity, tokens, words, bytes.
     """
-    rows = list(read_source(spec.data, folder, any_scored_row))
+    count = Count(spec.data.label)
+    rows = list(read_source(spec.data, folder, any_scored_row, count=count))
+    tell_what_was_left_out(count)
     windows: list[Encoded] = []
     owner: list[int] = []
     for number, row in enumerate(rows):
@@ -45,6 +47,7 @@ def measure(
         "tokens": sum(sum(window.mask) for window in windows),
         "words": words,
         "bytes": int(sum(sizes)),
+        **({"left_out": count.as_record(folder)} if count.bad else {}),
     }
     return {DEFAULT: ratio(bits, sizes, "lower")}, shown
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.gate import PreferenceSpec
 from stages.conversation import Encoded, encode_conversation
-from stages.data import read_source
+from stages.data import Count, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.metrics.scoring import log_likelihoods
@@ -39,7 +39,9 @@ def measure(
         Measures (`reward_accuracy` and `reward_margin` where there is a reference, `policy_accuracy`
         always), what is shown beside them, and the log-probabilities for the next stage to refer to.
     """
-    pairs = list(read_source(spec.data, folder, preference_row))
+    count = Count(spec.data.label)
+    pairs = list(read_source(spec.data, folder, preference_row, count=count))
+    tell_what_was_left_out(count)
     sequences = []
     for number, pair in enumerate(pairs, start=1):
         for side in ("chosen", "rejected"):
@@ -55,7 +57,7 @@ def measure(
     ones = [1.0] * len(pairs)
     policy = [float(c > r) for c, r in zip(found["chosen"], found["rejected"], strict=True)]
     measures = {"policy_accuracy": ratio(policy, ones, "higher")}
-    shown: dict[str, Any] = {"pairs": len(pairs)}
+    shown: dict[str, Any] = {"pairs": len(pairs), **({"left_out": count.as_record(folder)} if count.bad else {})}
     if reference is not None:
         rewards = {
             side: [spec.beta * (ours - start) for ours, start in zip(found[side], reference[side], strict=True)]

@@ -59,6 +59,16 @@ CASES: dict[str, tuple[list[tuple[str, str]], str]] = {
         [(LORA, "{kind: dora, rank: 8, alpha: 4}")],
         "18:35: stages[1].method.alpha: warning: alpha 4 is 0.5 times the rank of 8; twice the rank, 16, is",
     ),
+    "rows that cannot be used": (
+        [
+            (
+                "data: [{path: data/corpus.jsonl}]",
+                'data: [{path: "data/*.jsonl", on_bad_row: drop, max_bad_rows: 100%}]',
+            ),
+        ],
+        "13:5: stages[0].data: warning: 160 of 205 rows of data/*.jsonl will be left out; the first is "
+        "data/instructions.heldout.jsonl:1: no column 'text'; columns: messages (on_bad_row: drop)",
+    ),
     "epochs over a small set": (
         [("max_steps: 12, sequence_length: 128, batch_size: 2}", "epochs: 3, sequence_length: 128, batch_size: 2}")],
         "20:34: stages[1].train.epochs: warning: 3 passes over 60 rows: on a small set, answers are learned by heart "

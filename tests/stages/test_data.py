@@ -38,6 +38,18 @@ def refusal(folder: Path, path: str, normalise=text_row, **fields) -> str:
     return str(caught.value)
 
 
+def complaints(folder: Path, path: str, normalise=text_row, **fields) -> list[str]:
+    """What is said of single rows; the last line, which counts and says what to do, left out."""
+    *lines, last = refusal(folder, path, normalise, **fields).split("\n")
+    assert last.startswith(f"{path}: ")
+    return lines
+
+
+def complaint(folder: Path, path: str, normalise=text_row, **fields) -> str:
+    (only,) = complaints(folder, path, normalise, **fields)
+    return only
+
+
 def write_parquet(file: Path, columns: dict) -> Path:
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
     return file
@@ -135,11 +147,11 @@ def test_two_columns_can_be_swapped(tmp_path):
 def test_a_renamed_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": "t", "id": 1}])
     expected = f"{tmp_path}/a.jsonl:1: no column 'body' (named in columns); columns: text, id"
-    assert refusal(tmp_path, "a.jsonl", columns={"text": "body"}) == expected
+    assert complaint(tmp_path, "a.jsonl", columns={"text": "body"}) == expected
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter: line 2 column 1 (char 13)"),
         (b"text", "not JSON: Expecting value: line 1 column 1 (char 0)"),
@@ -154,9 +166,12 @@ def test_a_renamed_column_that_is_not_there_is_named_with_those_that_are(tmp_pat
         (b'{"text": " "}', "column 'text' is empty"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_line(tmp_path, written, line, complaint):
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, written, line, reason):
     file = written("a.jsonl", b'{"text": "one"}\n\n' + line + b'\n{"text": "four"}\n')
-    assert refusal(tmp_path, "a.jsonl") == f"{file}:3: {complaint}"
+    assert refusal(tmp_path, "a.jsonl").split("\n") == [
+        f"{file}:3: {reason}",
+        "a.jsonl: 1 of 3 rows cannot be used: correct them, or let them be left out (on_bad_row: drop)",
+    ]
 
 
 @pytest.mark.parametrize("line", [b'{"text": ' + b"[" * 100_000, b'{"text": "a", "n": ' + b"9" * 6000 + b"}"])
@@ -171,19 +186,21 @@ def test_all_bad_rows_are_counted_and_the_first_five_shown(tmp_path):
     lines = refusal(tmp_path, "a.jsonl").split("\n")
     assert lines == [
         *(f"{tmp_path}/a.jsonl:{line}: column 'text' is empty" for line in (1, 3, 5, 7, 9)),
-        "... and 5 more bad rows",
+        "a.jsonl: 10 of 20 rows cannot be used (5 of them shown): correct them, or let them be left out "
+        "(on_bad_row: drop)",
     ]
 
 
 def test_exactly_five_bad_rows_leave_nothing_to_count(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": ""}] * 5)
-    assert refusal(tmp_path, "a.jsonl").count("\n") == 4
+    assert refusal(tmp_path, "a.jsonl").count("\n") == 5
+    assert "shown" not in refusal(tmp_path, "a.jsonl")
 
 
 def test_bad_rows_of_several_files_are_told_at_once(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": "good"}, {"text": ""}])
     write_rows(tmp_path / "b.jsonl", [{"body": "x"}])
-    assert refusal(tmp_path, "*.jsonl").split("\n") == [
+    assert complaints(tmp_path, "*.jsonl") == [
         f"{tmp_path}/a.jsonl:2: column 'text' is empty",
         f"{tmp_path}/b.jsonl:1: no column 'text'; columns: body",
     ]
@@ -191,20 +208,20 @@ def test_bad_rows_of_several_files_are_told_at_once(tmp_path):
 
 def test_a_text_file_that_is_not_utf8_is_refused(tmp_path, written):
     file = written("a.txt", b"abc\xfe")
-    assert refusal(tmp_path, "a.txt") == f"{file}:1: not UTF-8 (byte 4 of the file)"
+    assert complaint(tmp_path, "a.txt") == f"{file}:1: not UTF-8 (byte 4 of the file)"
 
 
 @pytest.mark.parametrize("row", [b"1,a,surplus", b"1"])
 def test_a_csv_row_of_another_width_is_named_by_its_line(tmp_path, written, row):
     file = written("a.csv", b"id,text\n0,fine\n" + row + b"\n")
-    assert refusal(tmp_path, "a.csv") == f"{file}:3: not 2 columns"
+    assert complaint(tmp_path, "a.csv") == f"{file}:3: not 2 columns"
 
 
 def test_a_csv_that_is_not_utf8_is_refused_at_its_line(tmp_path, written):
     file = written("a.csv", b"text\nfine\nfine too\n\xff\xfe\n")
-    complaint = refusal(tmp_path, "a.csv")
-    assert "UTF-8" in complaint
-    assert complaint.startswith(f"{file}:4: ")
+    told = refusal(tmp_path, "a.csv")
+    assert told.startswith(f"{file}:4: not UTF-8")
+    assert told.endswith("what follows in a file that breaks off cannot be read: write that file anew")
 
 
 def test_a_csv_as_excel_writes_it_is_read(tmp_path, written):
@@ -230,7 +247,7 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path, written):
 
 def test_a_null_in_parquet_is_named_by_its_row(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", {"text": ["a", None, "c"]})
-    assert refusal(tmp_path, "a.parquet") == f"{file}:2: column 'text' holds nothing (null); expected text"
+    assert complaint(tmp_path, "a.parquet") == f"{file}:2: column 'text' holds nothing (null); expected text"
 
 
 def test_bad_utf8_in_parquet_is_refused_by_file(tmp_path):
@@ -243,14 +260,14 @@ def test_bad_utf8_in_parquet_is_refused_by_file(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
 def test_a_file_without_rows_is_refused(tmp_path, written, name, content):
     written(name, content)
-    assert refusal(tmp_path, name) == f"{name}: no rows"
+    assert refusal(tmp_path, name) == f"{name}: no rows; {name} is empty: put rows in, or remove the source"
 
 
 def test_an_empty_text_file_and_an_empty_table_are_refused(tmp_path, written):
     file = written("a.txt", b"")
-    assert refusal(tmp_path, "a.txt") == f"{file}:1: column 'text' is empty"
+    assert complaint(tmp_path, "a.txt") == f"{file}:1: column 'text' is empty"
     write_parquet(tmp_path / "a.parquet", {"text": pyarrow.array([], pyarrow.string())})
-    assert refusal(tmp_path, "a.parquet") == "a.parquet: no rows"
+    assert refusal(tmp_path, "a.parquet").startswith("a.parquet: no rows; a.parquet is empty")
 
 
 def test_what_is_missing_or_no_file_is_refused_with_its_whole_path(tmp_path):
@@ -278,6 +295,11 @@ def test_a_row_that_was_handed_out_is_never_from_after_a_bad_one(tmp_path):
         next(reader)
 
 
+def test_a_jsonl_with_a_byte_order_mark_is_read(tmp_path, written):
+    written("a.jsonl", b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "second"}\r\n')
+    assert texts(read(tmp_path, "a.jsonl")) == ["first", "second"]
+
+
 @pytest.fixture
 def numbered(tmp_path):
     """Two files of numbered rows."""
@@ -287,7 +309,7 @@ def numbered(tmp_path):
 
 
 def mix(folder: Path, weights: dict[str, float], seed: int = 1) -> list[str]:
-    return texts(mixed([source(path, weight=weight) for path, weight in weights.items()], folder, text_row, seed))
+    return texts(mixed([source(path, weight=weight) for path, weight in weights.items()], folder, text_row, seed).rows)
 
 
 @pytest.mark.parametrize(("weight", "per_row", "total"), [(0.1, {0, 1}, 4), (1.0, {1}, 40), (2.5, {2, 3}, 100)])
@@ -327,7 +349,7 @@ def test_weights_that_leave_nothing_are_refused(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(InvalidInput) as caught:
         mix(tmp_path, {"a.jsonl": 0.1})
-    assert str(caught.value) == "a.jsonl: no rows are left after weighting; raise the weights"
+    assert str(caught.value) == ("a.jsonl: no rows are left after weighting; raise the weights (read: a.jsonl: 1 rows)")
 
 
 def test_a_digest_is_of_the_content_and_the_format_of_every_file(tmp_path):

@@ -14,9 +14,11 @@ from specs.train import SMOOTHED_LOSSES, DpoLoss
 from stages.arguments import trainer_arguments
 from stages.conversation import turn_terminator
 from stages.cpt import Cpt
+from stages.data import Count
 from stages.dpo import Dpo
 from stages.errors import InvalidInput, StageFailed
-from stages.ift import IGNORED, Ift
+from stages.finite import IGNORED
+from stages.ift import Ift
 from stages.methods.base import Start
 from stages.methods.full import Full
 from stages.model import load_plain, load_tokenizer
@@ -270,7 +272,7 @@ def test_nothing_to_train_on_is_refused(kind, tokenizer):
     ]
     _, report = stage_of(kind, sequence_length=3).dataset(rows, tokenizer)
     with pytest.raises(InvalidInput, match=r"stage it: no token would be trained .*sequence_length"):
-        report.checked("it")
+        report.checked("it", [Count("a.jsonl", 3)])
 
 
 # Preferences
