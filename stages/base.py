@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import probe
-from stages.artifact import MODEL
+from stages.artifact import MODEL, MODEL_FILES
 from stages.errors import InvalidInput
 from stages.finite import not_finite
 from stages.job import Job
 from stages.model import convert_gguf, load_plain, load_tokenizer
+from stages.pickles import PICKLES
+from stages.template import check_template, folder_templates, read_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,15 +36,19 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     if spec.gguf is not None:
         convert_gguf(folder / spec.gguf, place)
     elif spec.hub is not None:
-        shutil.copytree(_snapshot(spec.hub, str(spec.revision)), place, dirs_exist_ok=True)
+        code = ["*.py"] if spec.allow_remote_code is not None else []
+        shutil.copytree(_snapshot(spec.hub, str(spec.revision), code), place, dirs_exist_ok=True)
     elif spec.chat_template is not None:
-        shutil.copytree(folder / str(spec.path), place, dirs_exist_ok=True)
+        pickles = shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES))
+        shutil.copytree(folder / str(spec.path), place, dirs_exist_ok=True, ignore=pickles)
     else:
         place = (folder / str(spec.path)).resolve()
     if spec.chat_template is not None:
         tokenizer = load_tokenizer(place)
-        tokenizer.chat_template = (folder / spec.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(folder / spec.chat_template)
         tokenizer.save_pretrained(place)
+    for file, text in folder_templates(place):
+        check_template(file, text, spec.template_date)
     model = load_plain(place, torch.float32)
     load_tokenizer(place)
     _refuse_quantised(model, place)
@@ -56,13 +62,12 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     return model, record
 
 
-def _snapshot(hub: str, revision: str) -> Path:
+def _snapshot(hub: str, revision: str, code: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=[*MODEL_FILES, *code]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInput(
             f"model.hub: {hub}@{revision[:8]} cannot be fetched ({error}); check the id and the revision, log in "

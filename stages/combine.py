@@ -67,7 +67,7 @@ def combine(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         cast = merged.to(getattr(torch, dtype))
-        save_plain(cast, tokenizer, partial)
+        save_plain(cast, tokenizer, partial, code_of=parent.model)
         _check_written(cast, partial)
         write_json(partial / PROVENANCE, record)
         partial.rename(target)

@@ -29,7 +29,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: boo
     """The conversation as text; with ``ask``, followed by the opening of the assistant's turn.
 
     Raises:
-        InvalidInput: the tokenizer has no chat template, or it refuses these messages.
+        InvalidInput: the tokenizer has no chat template, it refuses these messages, or breaks its bounds.
     """
     if not tokenizer.chat_template:
         raise InvalidInput(
@@ -37,6 +37,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: boo
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except InvalidInput as error:
+        raise InvalidInput(f"{tokenizer.name_or_path}: {error}") from error
     except Exception as error:  # a template is a program and raises what it likes
         raise InvalidInput(f"the chat template fails on {messages!r:.200}: {error}") from error
     return str(text)

@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specs.base import fingerprint, identity_fields
-from stages.artifact import sha256, write_json
+from stages.artifact import sha256
+from stages.documents import read_json, write_json
 from stages.errors import InvalidInput
+from stages.identity import TRAINING_LIBRARIES, versions
 from stages.methods.base import MethodSpec, Start
+from stages.model import load_config, without_weights
 from stages.pipeline import Pipeline
-from stages.plan import TRAINING_LIBRARIES, Plan, versions
+from stages.plan import Plan
+from stages.remote_code import allowing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,21 +171,18 @@ def count_method(method: MethodSpec, model: "PreTrainedModel", start: Start) -> 
 
 
 def meta_model(base: Path, changed: dict[str, Any] | None = None) -> "PreTrainedModel":
-    """The model that a config describes, with shapes and without weights; code that comes with it is never run.
+    """The model that a config describes, with shapes and without weights.
 
     Args:
         base: the folder of a checkpoint; only its config is read.
         changed: settings in which the model differs from that config.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    config = load_config(base)
     for name, value in (changed or {}).items():
         setattr(config, name, value)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    return model
+    return without_weights(config, dtype=torch.float32)
 
 
 def _keys(plan: Plan, base: Path) -> dict[str, str]:
@@ -209,9 +210,8 @@ def _code() -> str:
 
 def _kept(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return {key: asdict(Count(**value)) for key, value in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: asdict(Count(**value)) for key, value in read_json(file).items()}
+    except (InvalidInput, TypeError, AttributeError):
         return {}
 
 
@@ -252,7 +252,8 @@ def main() -> int:
     """Count what a request on stdin asks for; the last line on stdout is the answer."""
     request = json.loads(sys.stdin.read())
     pipeline = Pipeline.model_validate_json(json.dumps(request["pipeline"]))
-    counts = count_stages(pipeline, Path(request["folder"]), Path(request["base"]), request["stages"])
+    with allowing(pipeline.model.allow_remote_code):
+        counts = count_stages(pipeline, Path(request["folder"]), Path(request["base"]), request["stages"])
     print(json.dumps({name: asdict(count) for name, count in counts.items()}))  # noqa: T201
     return 0
 

@@ -1,5 +1,9 @@
-"""What a stage's process tells the one that started it: JSON lines on a channel of their own."""
+"""What a stage's process tells the one that started it: JSON lines on a channel of their own.
 
+Nothing of it, and nothing that Python prints into the log, holds a secret: see `specs.secrets`.
+"""
+
+import io
 import json
 import logging
 import os
@@ -10,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from specs.secrets import redact
 
 _channel: TextIO | None = None
 _phase = ""
@@ -28,6 +34,38 @@ def open_channel(log_file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    if not isinstance(sys.stdout, _Redacted):
+        sys.stdout, sys.stderr = _Redacted(sys.stdout), _Redacted(sys.stderr)
+
+
+class _Redacted(io.TextIOBase):
+    """A text stream without secrets: a line of a library, or a traceback, may hold the token that it was given."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Pass on what is whole: a secret may come in parts, and a line ends it."""
+        lines, newline, self._line = (self._line + text).rpartition("\n")
+        if newline:
+            self._stream.write(redact(lines, os.environ) + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on the line that was begun, too."""
+        self._stream.write(redact(self._line, os.environ))
+        self._line = ""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """The descriptor beneath: what writes there by itself, as a crash handler does, bypasses us."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream beneath."""
+        return self._stream.encoding
 
 
 def event(kind: str, **fields: Any) -> None:
@@ -35,7 +73,15 @@ def event(kind: str, **fields: Any) -> None:
     if _channel is None:
         return
     with suppress(BrokenPipeError, ValueError):
-        _channel.write(json.dumps({"event": kind, "phase": _phase, **fields}) + "\n")
+        _channel.write(json.dumps(_without_secrets({"event": kind, "phase": _phase, **fields})) + "\n")
+
+
+def _without_secrets(told: Any) -> Any:
+    if isinstance(told, str):
+        return redact(told, os.environ)
+    if isinstance(told, dict):
+        return {key: _without_secrets(value) for key, value in told.items()}
+    return [_without_secrets(value) for value in told] if isinstance(told, (list, tuple)) else told
 
 
 def info(message: str) -> None:

@@ -10,19 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import probe
-from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified, write_json
+from stages import probe, remote_code
+from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified
 from stages.base import prepare_base
 from stages.count import refuse_later_stages
-from stages.data import mixed
+from stages.data import mixed, tell_what_was_left_out
+from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
+from stages.identity import TRAINING_LIBRARIES, data_digests, versions
 from stages.job import Job
 from stages.log import info, phase, so_far
 from stages.merge import hand_over, keep_adapter
 from stages.methods.base import Prepared, Start
 from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens, training_device
 from stages.objective import ObjectiveSpec
-from stages.plan import TRAINING_LIBRARIES, data_digests, versions
 from stages.preemption import Preemption
 from stages.serving import assemble, put_on
 from stages.train import autocasts, fit
@@ -52,9 +53,11 @@ def make_stage(
     with phase("load", durations):
         refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
         tokenizer = load_tokenizer(parent.model)
-        rows = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
+        rows, counts = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
+        for count in counts:
+            tell_what_was_left_out(count)
         dataset, masks = stage.dataset(rows, tokenizer)
-        masks.checked(stage.name)
+        masks.checked(stage.name, counts)
         start = Start(
             parent.model,
             spec_folder=Path(job.folder),
@@ -92,6 +95,7 @@ def make_stage(
             "kind": stage.kind,
             "method": stage.method.kind,
             "training": training | {"first_logged_loss": curve[0]["loss"] if curve else None},
+            "data": [count.as_record(Path(job.folder)) for count in counts],
             "masks": masks.as_record(),
             "hand_over": handed,
             **start_record,
@@ -129,7 +133,7 @@ def make_release(
         tokenizer = load_tokenizer(start.model)
         plain = load_plain(start.model, dtype)
         set_stop_tokens(plain, tokenizer)
-        save_plain(plain, tokenizer, work / MODEL)
+        save_plain(plain, tokenizer, work / MODEL, code_of=start.model)
         adapter = None
         if start.adapter is not None:
             adapter = shutil.copytree(start.adapter, work / ADAPTER)
@@ -219,7 +223,7 @@ def _draw(output: Path, training: dict[str, Any], method: dict[str, Any]) -> Non
 
 
 def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[str, Any]) -> Artifact:
-    record = record | {
+    record = record | remote_code.record() | {
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(TRAINING_LIBRARIES),
         "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},

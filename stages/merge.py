@@ -13,7 +13,7 @@ from stages.artifact import ADAPTER, MODEL
 from stages.errors import StageFailed
 from stages.finite import not_finite
 from stages.methods.base import MethodSpec, Start
-from stages.model import load_plain, save_plain, set_stop_tokens
+from stages.model import load_config, load_plain, save_plain, set_stop_tokens, without_weights
 from stages.serving import assemble
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def hand_over(
     set_stop_tokens(plain, tokenizer)
     expected = wanted if method.exact_merge else probe.plain_logits(plain, ids, dtype)
     expected_keys, expected_config = set(plain.state_dict()), _settings(plain.config)
-    save_plain(plain, tokenizer, folder / MODEL)
+    save_plain(plain, tokenizer, folder / MODEL, code_of=start.model)
     del plain, live
     reloaded = load_plain(folder / MODEL, torch.float32)
     found = probe.plain_logits(reloaded, ids, dtype)
@@ -147,16 +147,12 @@ def _record(found: "torch.Tensor", wanted: "torch.Tensor", allowed: float) -> di
 def _differences(
     reloaded: "PreTrainedModel", keys: set[str], config: dict[str, Any], start: Path, method: MethodSpec
 ) -> list[str]:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     problems = []
     found = set(reloaded.state_dict())
     if found != keys:
         problems.append(f"other weights than written: {sorted(found ^ keys)[:3]}")
-    start_config = AutoConfig.from_pretrained(start, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        before = set(AutoModelForCausalLM.from_config(start_config, trust_remote_code=False).state_dict())
+    start_config = load_config(start)
+    before = set(without_weights(start_config).state_dict())
     strangers = sorted(name for name in found ^ before if not name.endswith(method.new_weights))
     if strangers:
         problems.append(f"other weights than the start has: {strangers[:3]}")

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from stages.errors import InvalidInput
+from stages.pickles import refuse_pickled_weights
+from stages.remote_code import copy_code, trusted
+from stages.template import bind_renderings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF_PRE_TOKENIZERS = ("default", "gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` whose rule we restore; the import of transformers drops it."""
@@ -21,7 +24,7 @@ def training_device() -> str:
 
 
 def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settings: Any) -> "PreTrainedModel":
-    """A causal language model from safetensors, never running code that comes with it.
+    """A causal language model from safetensors; code that comes with it runs only where the spec names its hash.
 
     Raises:
         InvalidInput: the folder holds no such model; the library's own reason is in the message.
@@ -29,18 +32,20 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    refuse_pickled_weights(folder)
+    trust = trusted(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
-            trust_remote_code=False,
+            trust_remote_code=trust,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             **settings,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise InvalidInput(f"{folder}: cannot be loaded as a causal language model: {error}") from error
     if info["missing_keys"]:  # the library would draw them at random and go on
         names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -66,21 +71,57 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    trust = trusted(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InvalidInput(f"{folder}: no tokenizer can be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise InvalidInput(f"{folder}: the tokenizer is a slow one; convert it to tokenizer.json first")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    bind_renderings()
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def save_plain(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write model, config, generation config, tokenizer and chat template in the standard layout."""
+def load_config(folder: Path) -> "PretrainedConfig":
+    """The config of a checkpoint, under the rule of `load_plain` for code that comes with it.
+
+    Raises:
+        InvalidInput: the model needs code that the spec does not allow.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder), local_files_only=True)
+    return cast("PretrainedConfig", config)
+
+
+def without_weights(config: "PretrainedConfig", **settings: Any) -> "PreTrainedModel":
+    """The model that a config of `load_config` describes, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    trust = trusted(Path(config.name_or_path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **settings)
+    return cast("PreTrainedModel", model)
+
+
+def save_plain(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, *, code_of: Path | None = None
+) -> None:
+    """Write model, config, generation config, tokenizer and chat template in the standard layout.
+
+    Args:
+        model: what is written.
+        tokenizer: written beside the weights.
+        folder: where to.
+        code_of: the checkpoint that the model started from; code that it needs, and that the spec allows, is copied.
+    """
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    if code_of is not None:
+        copy_code(code_of, folder)
 
 
 def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

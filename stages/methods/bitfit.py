@@ -57,13 +57,12 @@ def _with_biases(model: "PreTrainedModel", switches: list[str]) -> "PreTrainedMo
     import copy
 
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model.config)
     for name in switches:
         setattr(config, name, True)
     with torch.device("meta"):  # the weights are taken over, not copied
-        rebuilt = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+        rebuilt = type(model)._from_config(config, dtype=model.dtype)
     weights = dict(model.state_dict())
     for name, parameter in rebuilt.named_parameters():
         if name not in weights and name.endswith(".bias"):

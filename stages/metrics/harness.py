@@ -1,18 +1,68 @@
 """Tasks of the LM evaluation harness, run in this process on the model at hand."""
 
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from specs.gate import LmEvalSpec
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
+from stages.template import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEEDS = (0, 1234, 1234, 1234)
 """The harness's own default seeds: random, numpy, torch, few-shot."""
+
+
+_INSTEAD = "say it with Jinja in doc_to_text, with the harness's own filters and metrics, or change the rows"
+_NO_TAGS = f"tags (`!function`) would run code, and a task of a spec may not: {_INSTEAD}"
+_KEYS = (
+    "task",
+    "task_alias",
+    "tag",
+    "dataset_path",
+    "dataset_name",
+    "dataset_kwargs",
+    "training_split",
+    "validation_split",
+    "test_split",
+    "fewshot_split",
+    "fewshot_config",
+    "num_fewshot",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "target_delimiter",
+    "fewshot_delimiter",
+    "gen_prefix",
+    "output_type",
+    "generation_kwargs",
+    "repeats",
+    "filter_list",
+    "metric_list",
+    "metadata",
+)
+"""What a task of a spec may say."""
+_RUNS_CODE = {
+    "include": "reads another task file, which may run code",
+    "class": "names a Python class",
+    "custom_dataset": "names a Python function",
+    "process_docs": "names a Python function",
+    "process_results": "names a Python function",
+    "unsafe_code": "runs what the model writes",
+    "use_prompt": "reads prompts from elsewhere",
+    "group": "names other tasks",
+    "task_list": "names other tasks",
+}
+_BUILDERS = ("json", "csv", "parquet", "text")
+"""Readers of the datasets library that read local files and nothing else."""
+_READING = ("data_files", "field", "delimiter", "sep", "column_names", "encoding", "quotechar", "keep_in_memory")
+"""Settings of these readers that reach no other file."""
 
 
 def is_task_file(task: str) -> bool:
@@ -24,26 +74,62 @@ def task_config(path: Path) -> dict[str, Any]:
     """A task YAML with its data files made absolute: the harness would look in the current directory.
 
     Raises:
-        InvalidInput: it cannot be read, or it names code to run (`!function`).
+        InvalidInput: it cannot be read, or it would run code or read what it does not name as data.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    yaml = YAML(typ="safe", pure=True)
     try:
-        config = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = yaml.load(text)
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not a task YAML that can be used (tags are not allowed): {error}") from error
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"{error.problem_mark.line + 1}:"
+        raise InvalidInput(f"{path}:{line} not a task YAML that can be used: {error.problem}; {_NO_TAGS}") from error
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput(f"{path}: not a task YAML that can be used: {error}; {_NO_TAGS}") from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise InvalidInput(f"{path}: a task YAML names its task (`task: NAME`)")
-    kwargs = config.get("dataset_kwargs")
-    if isinstance(kwargs, dict) and kwargs.get("data_files"):
-        kwargs["data_files"] = {
-            split: [str((path.parent / file).resolve()) for file in names]
-            for split, names in _by_split(kwargs["data_files"], path).items()
-        }
+    for key, reason in _unfit(config):
+        line = next(name.start_mark.line + 1 for name, _ in yaml.compose(text).value if name.value == key)
+        raise InvalidInput(f"{path}:{line}: {key}: {reason}")
+    kwargs = config["dataset_kwargs"]
+    kwargs["data_files"] = {
+        split: [str((path.parent / file).resolve()) for file in names]
+        for split, names in _by_split(kwargs["data_files"], path).items()
+    }
     return config
+
+
+def _unfit(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a task that would run code or read elsewhere, and why each is refused."""
+    for key in config:
+        if key in _RUNS_CODE:
+            yield key, f"{_RUNS_CODE[key]}, and a task of a spec may not; {_INSTEAD}"
+        elif key not in _KEYS:
+            yield key, f"no key of a task that a spec may name; allowed are {', '.join(_KEYS)}"
+    if (builder := config.get("dataset_path")) not in _BUILDERS:
+        allowed = ", ".join(_BUILDERS)
+        where = "dataset_path" if "dataset_path" in config else "task"
+        yield (
+            where,
+            f"the rows come by dataset_path {builder!r}, and a task of a spec reads local files: name one of "
+            f"{allowed}, and the files in dataset_kwargs.data_files",
+        )
+    kwargs = config.get("dataset_kwargs")
+    if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
+        where = "dataset_kwargs" if "dataset_kwargs" in config else "task"
+        yield where, "names no files; set dataset_kwargs: {data_files: {test: FILE}}"
+    elif strange := sorted(set(kwargs) - set(_READING)):
+        yield "dataset_kwargs", f"{strange[0]} is not allowed; allowed are {', '.join(_READING)}"
+    metrics = config.get("metric_list") or []
+    for metric in metrics if isinstance(metrics, list) else [metrics]:
+        if not isinstance(metric, dict) or not re.fullmatch(r"\w+", str(metric.get("metric"))):
+            yield "metric_list", f"each metric is named by a word (`- metric: acc`); found {metric!r:.100}"
+        elif metric.get("hf_evaluate"):
+            yield "metric_list", f"hf_evaluate runs a script that is fetched; {_INSTEAD}"
 
 
 def _by_split(files: Any, path: Path) -> dict[str, list[str]]:
@@ -89,6 +175,13 @@ def measure(
     local = is_task_file(spec.task)
     task: Any = task_config(folder / spec.task) if local else spec.task
     name = str(task["task"]) if local else spec.task
+    sandbox_templates()
+    # Indexing the installed tasks takes half a minute, and a local one needs none of them.
+    installed = TaskManager(include_defaults=not local)
+    if local:
+        _refuse_unknown_metrics(task, folder / spec.task)
+    elif name not in installed.task_index:  # the harness would look for a file of this name
+        raise InvalidInput(f"no task {name!r} is installed in the harness; `lm_eval --tasks list` shows them")
     harness_model = HFLM(
         pretrained=model,
         tokenizer=cast("Any", tokenizer),
@@ -112,8 +205,7 @@ def measure(
             apply_chat_template=chat_template,
             log_samples=True,
             bootstrap_iters=0,
-            # Indexing the installed tasks takes half a minute, and a local one needs none of them.
-            task_manager=TaskManager(include_defaults=not local),
+            task_manager=installed,
             **cast("Any", seeds),
         )
     except KeyError as error:
@@ -121,6 +213,36 @@ def measure(
             f"no task {name!r} is installed in the harness ({error}); `lm_eval --tasks list` shows them"
         ) from error
     return _measures(results, name, spec), {"task": name, "version": results["versions"].get(name)}
+
+
+def sandbox_templates() -> None:
+    """Let the harness render what a task says in a sandbox and in bounds; its own Jinja runs any Python."""
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    if isinstance(utils.env, ImmutableSandboxedEnvironment):
+        return
+    sandbox = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(utils.env.filters)
+    plain = utils.apply_template
+
+    def apply_template(template: str, doc: dict[str, Any]) -> str:
+        with bounded("a template of the task", _INSTEAD):
+            return str(plain(template, doc))
+
+    utils.env, utils.apply_template = sandbox, apply_template
+
+
+def _refuse_unknown_metrics(task: dict[str, Any], path: Path) -> None:
+    """For a metric that it does not know the harness runs a script of that name, from here or from the hub."""
+    from lm_eval.api import metrics, registry
+
+    _ = metrics  # importing it fills the registry
+    for metric in task.get("metric_list") or []:
+        if metric["metric"] not in registry.METRIC_REGISTRY:
+            known = ", ".join(sorted(registry.METRIC_REGISTRY))
+            raise InvalidInput(f"{path}: metric_list: the harness has no metric {metric['metric']!r}; it has: {known}")
 
 
 def _measures(results: Any, name: str, spec: LmEvalSpec) -> dict[str, Measure]:

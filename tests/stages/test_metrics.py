@@ -287,7 +287,7 @@ def test_code_in_a_task_is_refused(line, model, tokenizer, folder, tmp_path):
     text = (folder / "tasks/qa.yaml").read_text()
     (tmp_path / "qa.yaml").write_text(f"{text.replace('doc_to_text:', 'description:')}{line}\n")
     (tmp_path / "code.py").write_text("raise SystemExit('it was run')\n")
-    with pytest.raises(InvalidInput, match=r"qa\.yaml: .*tags are not allowed"):
+    with pytest.raises(InvalidInput, match=r"qa\.yaml:\d+: .*!function.*would run code"):
         harness.measure(task_spec(task="qa.yaml"), tmp_path, model, tokenizer, chat_template=False)
 
 
