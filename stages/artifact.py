@@ -6,17 +6,17 @@ can be edited without training again.
 """
 
 import hashlib
-import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from specs.base import fingerprint
 from stages.documents import PARTIAL, sync, write_json
 from stages.errors import InvalidInput, StageFailed
+from stages.manifest import NAME, read_manifest, sealed
 
 MANIFEST = "manifest.json"
 MODEL = "model"
@@ -28,7 +28,6 @@ VERDICT = "verdict.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a plain checkpoint consists of."""
 _ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,17 @@ class Artifact:
         return str(self.manifest["identity"])
 
     @property
+    def number(self) -> int:
+        """Its place in the order of publication in its store, whatever the clock said; 0 in the oldest manifests."""
+        return int(self.manifest["record"].get("number", 0))
+
+    @property
+    def parents(self) -> frozenset[str]:
+        """The identities of what it was made from, and of the base that it does not load without."""
+        named = (self.manifest["inputs"].get("parent"), self._beneath.get("identity"))
+        return frozenset(identity for identity in named if isinstance(identity, str))
+
+    @property
     def model(self) -> Path:
         """The plain checkpoint: in the artifact, the folder that a base refers to, or what lies beneath `adapter`.
 
@@ -56,7 +66,7 @@ class Artifact:
         if self.adapter is None or (self.path / MODEL).is_dir():
             return self.path / MODEL
         beneath = find(self.path.parent, self._beneath["identity"])
-        if beneath is None:
+        if beneath is None or (beneath.adapter is not None and not (beneath.path / MODEL).is_dir()):
             raise StageFailed(
                 f"{self.path}: holds an adapter, and the base that it belongs on ({short(self._beneath['identity'])}) "
                 f"is not in {self.path.parent}; run `trivium run` on the spec, or use the release, which holds both"
@@ -108,13 +118,27 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
         StageFailed: something there is neither a regular file nor a folder (a link, a device).
     """
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise StageFailed(f"{path}: neither a regular file nor a folder; remove it")
-        if path.is_file():
-            found.append(path)
-    return found
+    files, others = _contents(folder)
+    for name in others:
+        raise StageFailed(f"{folder / name}: neither a regular file nor a folder; remove it")
+    return [folder / name for name in files]
+
+
+def _contents(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The files below ``folder`` with their sizes, and what is neither a file nor a folder; links are not followed."""
+    files, others, below = {}, [], [""]
+    while below:
+        place = below.pop()
+        with os.scandir(folder / place) as entries:
+            for entry in entries:
+                name = place + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(f"{name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    files[name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    others.append(name)
+    return dict(sorted(files.items(), key=lambda item: Path(item[0]))), sorted(others)
 
 
 def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[str, Any]) -> Artifact:
@@ -125,6 +149,10 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
         target: where it appears; must not exist.
         identity: the document whose fingerprint is the artifact's identity.
         record: what the stage wants known: versions, measurements of the run, hand-over errors.
+
+    Returns:
+        The artifact; its record holds a number, one more than the highest in its store. Two stages that publish at
+        the same moment may get the same one.
     """
     files = {
         str(path.relative_to(work)): {"sha256": sha256(path), "size": path.stat().st_size}
@@ -135,14 +163,8 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
         sync(work / name)
     for folder in [path for path in work.rglob("*") if path.is_dir()]:
         sync(folder)
-    manifest = {
-        "format": _FORMAT,
-        "identity": fingerprint(identity),
-        "inputs": identity,
-        "record": record,
-        "files": files,
-    }
-    manifest["seal"] = fingerprint(manifest)
+    number = 1 + max((one.number for one in published_in(target.parent)), default=0)
+    manifest = sealed(identity, record | {"number": number}, files)
     write_json(work / MANIFEST, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     work.rename(target)
@@ -151,41 +173,68 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
 
 
 def read(path: Path) -> Artifact | None:
-    """The artifact at ``path`` by its manifest, or None where there is none that can be read."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT or manifest["identity"] != fingerprint(manifest["inputs"]):
-            return None
-        if manifest["seal"] != fingerprint({key: value for key, value in manifest.items() if key != "seal"}):
-            return None
-        return Artifact(path, manifest) if isinstance(manifest["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """The artifact at ``path`` by its manifest, or None where there is none that can be read and believed."""
+    manifest = read_manifest(path / MANIFEST)
+    return None if manifest is None else Artifact(path, manifest)
 
 
 def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:
     """What differs between an artifact and its manifest; empty when every byte is as published.
 
+    Where a base refers to a folder elsewhere, or an adapter belongs on a base, that is compared as well.
+
     Args:
         artifact: the published folder.
         digest: how a file is hashed; a planner passes one that remembers unchanged files.
     """
-    found = []
-    present = {str(path.relative_to(artifact.path)): path for path in files_below(artifact.path)}
+    try:
+        present, others = _contents(artifact.path)
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"]
+    found = [f"{_shown(name)} is a link or a device" for name in others]
     for name, expected in artifact.manifest["files"].items():
-        path = present.pop(name, None)
-        if path is None:
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected["size"]:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
-        elif digest(path) != expected["sha256"]:
-            found.append(f"{name} was changed")
+        size = present.pop(name, None)
+        if size is None:
+            found += [] if name in others else [f"{name} is missing"]
+        elif size != expected["size"]:
+            found.append(f"{name} has {size} bytes instead of {expected['size']}")
+        else:
+            found += _compared(artifact.path / name, expected["sha256"], name, digest)
     found += [
-        f"{name} does not belong there"
+        f"{_shown(name)} does not belong there"
         for name in present
-        if Path(name).parts[0] not in _ADDED_LATER and not name.endswith(PARTIAL)
+        if PurePosixPath(name).parts[0] not in _ADDED_LATER and not name.endswith(PARTIAL)
     ]
-    return found + _damage_beneath(artifact, digest)
+    return found + damage_elsewhere(artifact, digest) + _damage_beneath(artifact, digest)
+
+
+def damage_elsewhere(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:
+    """What differs between the folder that a base refers to and the files that the base is identified by."""
+    if not artifact.manifest["record"].get("model_path"):
+        return []
+    known = artifact.manifest["inputs"].get("files", {})
+    try:
+        present = {file.name: file for pattern in MODEL_FILES for file in artifact.model.glob(pattern)}
+    except OSError as error:
+        return [f"{artifact.model} cannot be read ({error.strerror})"]
+    found = [f"{artifact.model / name} is missing" for name in known if name not in present]
+    for name, file in sorted(present.items()):
+        found += _compared(file, known[name], str(file), digest) if name in known else [f"{_shown(str(file))} is new"]
+    return found
+
+
+def _compared(file: Path, expected: str, name: str, digest: Callable[[Path], str]) -> list[str]:
+    try:
+        return [] if digest(file) == expected else [f"{name} was changed"]
+    except FileNotFoundError:
+        return [f"{name} is missing"]
+    except OSError as error:
+        return [f"{name} cannot be read ({error.strerror})"]
+
+
+def _shown(name: str) -> str:
+    """A name from the disk, which may hold anything, as text that can be printed."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def beneath(identity: str, model: Path) -> dict[str, Any]:
@@ -209,10 +258,7 @@ def _damage_beneath(artifact: Artifact, digest: Callable[[Path], str]) -> list[s
         return [str(error)]
     found = []
     for name, expected in artifact._beneath["files"].items():
-        if not (model / name).is_file():
-            found.append(f"{name} of its base is missing")
-        elif digest(model / name) != expected:
-            found.append(f"{name} of its base was changed")
+        found += _compared(model / name, expected, f"{name} of its base", digest)
     return found
 
 
@@ -223,28 +269,51 @@ def verified(artifact: Artifact) -> Artifact:
         StageFailed: it was damaged; the message names the files and what to do.
     """
     found = damage(artifact)
-    if found:
-        raise StageFailed(
-            f"{artifact.path}: damaged since it was published: {'; '.join(found)}. "
-            "Run `trivium run` on the spec: the folder is set aside, and that stage and those after it are made anew"
+    if not found:
+        return artifact
+    listed = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    raise StageFailed(f"{artifact.path}: damaged since it was published: {listed}. {remedy(artifact, found)}")
+
+
+def remedy(artifact: Artifact, found: list[str]) -> str:
+    """What to do about what `damage` found."""
+    elsewhere = artifact.manifest["record"].get("model_path")
+    if elsewhere and any(line.startswith(str(Path(elsewhere))) for line in found):
+        return (
+            f"Put the files of {elsewhere} back as they were, or run `trivium run` on the spec: a base that was "
+            "changed is another base, and every stage is made anew from it"
         )
-    return artifact
+    return (
+        "Run `trivium run` on the spec: the folder is set aside and its step is made anew; "
+        "what is published after it and whole is kept"
+    )
+
+
+def published_in(store: Path) -> list[Artifact]:
+    """Every artifact in a pipeline's folder whose manifest can be read, the first published first."""
+    folders = [path for path in store.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
+    found = [artifact for path in folders if (artifact := read(path)) is not None]
+    return sorted(found, key=lambda artifact: (artifact.number, artifact.path.name))
 
 
 def find(store: Path, identity: str) -> Artifact | None:
     """The published artifact with this identity, whatever its stage is called by now."""
     for path in sorted(store.glob(f"*-{short(identity)}")):
-        artifact = read(path)
+        artifact = None if path.is_symlink() else read(path)
         if artifact is not None and artifact.identity == identity:
             return artifact
     return None
 
 
 def newest_of_stage(store: Path, stage: str) -> Artifact | None:
-    """The last published artifact of a stage by its name, of whatever identity."""
-    found = [read(path) for path in store.glob(f"[0-9][0-9]-{stage}-????????")]
-    published = [artifact for artifact in found if artifact is not None]
-    return max(published, key=lambda artifact: artifact.manifest["record"].get("published", ""), default=None)
+    """The last published artifact of a stage by its name, of whatever identity. Clocks play no part."""
+    return next((one for one in reversed(published_in(store)) if step_of(one.path) == stage), None)
+
+
+def step_of(path: Path) -> str | None:
+    """The name of the step whose artifact is at ``path``; None where no artifact is called so."""
+    match = NAME.fullmatch(path.name)
+    return match["step"] if match else None
 
 
 def set_aside(path: Path) -> Path:

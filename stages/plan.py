@@ -161,10 +161,10 @@ class _Planner:
         target = self.store / f"{order:02d}-{name}-{short(key)}"
         artifact = find(self.store, key)
         damaged = None
-        if artifact is not None and (found := damage(artifact, self.digest)):
-            damaged, artifact, reason = artifact.path, None, f"damaged since it was published: {found[0]}"
-        elif artifact is not None and self._moved(artifact):
+        if artifact is not None and self._moved(artifact):
             damaged, artifact, reason = artifact.path, None, "the base folder is elsewhere now"
+        elif artifact is not None and (found := damage(artifact, self.digest)):
+            damaged, artifact, reason = artifact.path, None, f"damaged since it was published: {found[0]}"
         elif self.forced and artifact is not None:
             damaged, artifact, reason = artifact.path, None, f"forced by --from {self.forced_from}"
         elif artifact is not None:

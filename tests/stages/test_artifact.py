@@ -8,7 +8,7 @@ import pytest
 
 from specs.base import fingerprint
 from stages import artifact as store
-from stages.artifact import Artifact, damage, find, newest_of_stage, publish, read, set_aside, verified
+from stages.artifact import Artifact, damage, find, newest_of_stage, publish, published_in, read, set_aside, verified
 from stages.documents import write_json
 from stages.errors import StageFailed
 
@@ -140,7 +140,8 @@ def test_damage_is_named_and_never_used(published, harm, complaint):
         verified(published)
     assert str(caught.value) == (
         f"{published.path}: damaged since it was published: {complaint}. "
-        "Run `trivium run` on the spec: the folder is set aside, and that stage and those after it are made anew"
+        "Run `trivium run` on the spec: the folder is set aside and its step is made anew; "
+        "what is published after it and whole is kept"
     )
 
 
@@ -167,7 +168,7 @@ def test_a_file_replaced_by_a_link_to_the_same_bytes_is_refused(published, tmp_p
     shutil.copy(file, tmp_path / "same")
     file.unlink()
     file.symlink_to(tmp_path / "same")
-    with pytest.raises(StageFailed, match=r"model/config\.json: neither a regular file"):
+    with pytest.raises(StageFailed, match=r"model/config\.json is a link or a device"):
         verified(published)
 
 
@@ -201,6 +202,14 @@ def test_only_the_names_themselves_may_be_added_later(published):
         "evaluations/a.json does not belong there",
         "model/verdict.json does not belong there",
     ]
+
+
+def reseal(path: Path, edit) -> None:
+    """Change a manifest and seal it again, as somebody who knows how it is done would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    del manifest["seal"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"seal": fingerprint(manifest)}))
 
 
 def edit_manifest(path: Path, **changes) -> None:
@@ -274,12 +283,21 @@ def test_what_is_unfinished_or_set_aside_is_never_found(published, tmp_path):
     assert find(tmp_path / "no-such-store", published.identity) is None
 
 
-def test_the_newest_of_a_stage_is_the_one_published_last(tmp_path):
-    for number, when in enumerate(["2026-01-02T00:00:00", "2026-03-01T00:00:00", "2026-02-01T00:00:00"]):
+def test_the_newest_of_a_stage_is_the_one_published_last_whatever_the_clock_said(tmp_path):
+    for number, when in enumerate(["2026-01-02T00:00:00", "2036-03-01T00:00:00", "2016-02-01T00:00:00"]):
         publish_in(tmp_path, "01-knowledge", inputs={"seed": number}, published=when)
-    publish_in(tmp_path, "02-knowledge-two", inputs={"seed": 9}, published="2027-01-01T00:00:00")
-    assert newest_of_stage(tmp_path, "knowledge").manifest["inputs"] == {"seed": 1}
+    publish_in(tmp_path, "02-knowledge-two", inputs={"seed": 9}, published="2046-01-01T00:00:00")
+    assert newest_of_stage(tmp_path, "knowledge").manifest["inputs"] == {"seed": 2}
     assert newest_of_stage(tmp_path, "two") is None
+    assert [one.number for one in published_in(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_manifest_from_before_there_were_numbers_counts_as_the_oldest(tmp_path):
+    old = publish_in(tmp_path, inputs={"seed": 0})
+    reseal(old.path, lambda manifest: manifest["record"].pop("number"))
+    publish_in(tmp_path, inputs={"seed": 1})
+    assert read(old.path).number == 0
+    assert newest_of_stage(tmp_path, "knowledge").manifest["inputs"] == {"seed": 1}
 
 
 def test_setting_aside_twice_keeps_both(tmp_path):
