@@ -9,14 +9,17 @@ from typing import Any
 
 from specs.base import fingerprint, identity_fields
 from specs.gate import LmEvalSpec, MetricSpec
+from specs.model import ModelSpec
 from specs.pipeline import BASE
 from stages.artifact import MODEL_FILES, sha256
 from stages.conditions import MEMORY_ONLY
-from stages.data import digests
+from stages.data import digests, files_of
 from stages.documents import read_json, write_json
 from stages.errors import InvalidInput
+from stages.job import Job
 from stages.metrics.harness import is_task_file, task_files
 from stages.objective import ObjectiveSpec
+from stages.pickles import refuse_pickled_weights
 from stages.pipeline import Pipeline
 
 TRAINING_LIBRARIES = (
@@ -78,13 +81,12 @@ def versions(libraries: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
+def base_files(spec: ModelSpec, folder: Path) -> list[Path]:
     """The files that make up the base model, sorted by name.
 
     Raises:
         InvalidInput: the folder or file is missing, or is no model.
     """
-    spec = pipeline.model
     if spec.gguf is not None:
         file = folder / spec.gguf
         if not file.is_file():
@@ -95,6 +97,7 @@ def base_files(pipeline: Pipeline, folder: Path) -> list[Path]:
     place = folder / spec.path
     if not place.is_dir():
         raise InvalidInput(f"model.path: {place}: no such folder")
+    refuse_pickled_weights(place)
     adapter = (place / "adapter_config.json").is_file()
     if not (place / "config.json").is_file() or not list(place.glob("*.safetensors")):
         only = " It holds an adapter only: merge it into its base first." if adapter else ""
@@ -128,7 +131,7 @@ def base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[str
     Raises:
         InvalidInput: a file is missing, or the folder is no model.
     """
-    files = base_files(pipeline, folder)
+    files = base_files(pipeline.model, folder)
     template = pipeline.model.chat_template
     chosen = identity_fields(pipeline.model)
     if template is not None and not (folder / template).is_file():
@@ -174,6 +177,44 @@ def work_key(identity: dict[str, Any]) -> str:
 def data_digests(stage: ObjectiveSpec, folder: Path, digest: Callable[[Path], str] = sha256) -> list[list[str]]:
     """The content of a stage's sources, in order."""
     return [digests(source, folder, digest) for source in stage.data]
+
+
+def require_same_inputs(job: Job) -> None:
+    """Hash for real what a step reads: what changed meanwhile must not be recorded as what the step was made from.
+
+    Raises:
+        InvalidInput: files are others than those that the step was planned with; the message names them.
+    """
+    changed = _changed_in_base(job) if job.kind == BASE else _changed_in_stage(job)
+    if changed:
+        raise InvalidInput(
+            f"{job.name}: changed since this run was planned: {', '.join(map(str, changed))}. Nothing is published; "
+            "put back what was there, or run again: the step is then made from what is there now"
+        )
+
+
+def _changed_in_base(job: Job) -> list[Path]:
+    folder, spec = Path(job.folder), job.pipeline.model
+    known = dict(job.identity["files"])
+    changed = [file for file in base_files(spec, folder) if known.pop(file.name, None) != sha256(file)]
+    if spec.path is not None:
+        changed += [folder / spec.path / name for name in known]
+    if spec.chat_template is not None and sha256(folder / spec.chat_template) != job.identity["chat_template"]:
+        changed.append(folder / spec.chat_template)
+    return changed
+
+
+def _changed_in_stage(job: Job) -> list[Path]:
+    folder = Path(job.folder)
+    stage = next(stage for stage in job.pipeline.stages if stage.name == job.name)
+    changed = []
+    for source, known in zip(stage.data, job.identity["data"], strict=True):
+        if (found := digests(source, folder)) != known:
+            files = files_of(source, folder)
+            changed += [file for file, digest in zip(files, found, strict=False) if digest not in known] or files
+    return changed + [
+        folder / name for name, known in job.identity.get("files", {}).items() if sha256(folder / name) != known
+    ]
 
 
 def metric_digests(spec: MetricSpec, folder: Path, digest: Digests) -> list[str]:

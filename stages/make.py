@@ -17,7 +17,7 @@ from stages.count import refuse_later_stages
 from stages.data import mixed, tell_what_was_left_out
 from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
-from stages.identity import TRAINING_LIBRARIES, data_digests, versions
+from stages.identity import TRAINING_LIBRARIES, require_same_inputs, versions
 from stages.job import Job
 from stages.log import info, phase, so_far
 from stages.merge import hand_over, keep_adapter
@@ -41,6 +41,7 @@ def make_base(
         shutil.rmtree(work)
         work.mkdir()
         model, record = prepare_base(job, work)
+        require_same_inputs(job)
         return model, _publish(job, work, durations, record)
 
 
@@ -51,6 +52,7 @@ def make_stage(
     stage = _stage(job)
     parent = _start(job)
     with phase("load", durations):
+        require_same_inputs(job)
         refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
         tokenizer = load_tokenizer(parent.model)
         rows, counts = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
@@ -78,7 +80,6 @@ def make_stage(
             preemption=preemption,
         )
     with phase("merge", durations):
-        _same_inputs(job, stage)
         output = work / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
@@ -102,6 +103,8 @@ def make_stage(
         }
         if not stage.method.mergeable:
             record[BENEATH] = beneath(parent.identity, parent.model)
+        require_same_inputs(job)
+        verified(parent)
         artifact = _publish(job, output, durations, record)
         shutil.rmtree(work, ignore_errors=True)
     del prepared
@@ -205,14 +208,6 @@ def _refuse_rounding(stage: ObjectiveSpec, plain: "torch.nn.Module", dtype: "tor
         )
 
 
-def _same_inputs(job: Job, stage: ObjectiveSpec) -> None:
-    """A file that changed while the stage ran must not be recorded as what it trained on."""
-    if data_digests(stage, Path(job.folder)) != job.identity["data"]:
-        raise InvalidInput(
-            f"stage {stage.name}: a data file changed while the stage ran; nothing is published, run again"
-        )
-
-
 def _draw(output: Path, training: dict[str, Any], method: dict[str, Any]) -> None:
     from stages import plots
 
@@ -223,12 +218,16 @@ def _draw(output: Path, training: dict[str, Any], method: dict[str, Any]) -> Non
 
 
 def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[str, Any]) -> Artifact:
-    record = record | remote_code.record() | {
-        "published": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(TRAINING_LIBRARIES),
-        "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},
-        "peak_memory": peak_memory(),
-    }
+    record = (
+        record
+        | remote_code.record()
+        | {
+            "published": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(TRAINING_LIBRARIES),
+            "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},
+            "peak_memory": peak_memory(),
+        }
+    )
     return publish(folder, Path(job.target), identity=job.identity, record=record)
 
 
