@@ -174,7 +174,7 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     job = plan.job(step)
-    file = plan.store / ".jobs" / f"{step.name}-{step.work.name}.json"
+    file = plan.store / ".jobs" / f"{step.name}-{step.key[:16]}.json"
     write_job(job, file)
     phases = [name for name in PHASES[job.kind] if name != "evaluate" or job.measurements]
     if not job.make:

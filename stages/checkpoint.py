@@ -1,16 +1,45 @@
 """Resumable checkpoints inside a stage: one counts only when it is sealed and every byte is as sealed."""
 
-import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from stages.artifact import files_below, set_aside, sha256, sync, write_json
-from stages.errors import StageFailed
+from stages.artifact import files_below, set_aside, sha256
+from stages.documents import read_json, sync, write_json
+from stages.errors import InvalidInput, StageFailed
 from stages.log import info
 
 SEAL = "seal.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+class Resume(NamedTuple):
+    """Where a run goes on, and how far the one before it may have come."""
+
+    checkpoint: Path | None
+    """The newest whole checkpoint; None where the run starts at its beginning."""
+    reached: int
+    """No step after this one had been taken."""
+
+    @property
+    def step(self) -> int:
+        """The last step that is not trained again."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    def line(self, total: int) -> str:
+        """What a resume costs, for people; empty where nothing was there to lose.
+
+        Args:
+            total: the optimizer steps of the whole run.
+        """
+        again = min(self.reached, total) - self.step
+        if self.checkpoint is None:
+            return f"starting over at step 1 of {total}: no whole checkpoint is left" if self.reached else ""
+        if again <= 0:
+            return f"resuming at step {self.step} of {total}: no step is trained again"
+        steps = "1 step is" if again == 1 else f"{again} steps are"
+        return f"resuming at step {self.step} of {total}: at most {steps} trained again"
 
 
 def seal(checkpoint: Path) -> None:
@@ -23,19 +52,34 @@ def seal(checkpoint: Path) -> None:
         if name != SEAL:
             sync(path)
             files[name] = sha256(path)
+    sync(checkpoint.parent)
     write_json(checkpoint / SEAL, files)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where it is sealed and every byte is as sealed."""
+    if not (checkpoint / SEAL).is_file():
+        return "torn: the process ended before it was sealed"
+    try:
+        files = read_json(checkpoint / SEAL, strict=True)
+        present = {str(path.relative_to(checkpoint)) for path in files_below(checkpoint)} - {SEAL}
+    except InvalidInput:
+        files = None
+    except (OSError, StageFailed) as error:
+        return f"damaged: {error}"
+    if not isinstance(files, dict):
+        return f"damaged: {SEAL} is no seal"
+    for name in sorted(present ^ set(files)):
+        return f"damaged: {name} {'is missing' if name in files else 'does not belong there'}"
+    for name, sha in files.items():
+        if sha256(checkpoint / name) != sha:
+            return f"damaged: {name} was changed since it was sealed"
+    return None
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is sealed and undamaged."""
-    try:
-        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        present = {str(path.relative_to(checkpoint)) for path in files_below(checkpoint)} - {SEAL}
-    except (OSError, ValueError, StageFailed):
-        return False
-    if not isinstance(files, dict):
-        return False
-    return present == set(files) and all(sha256(checkpoint / name) == sha for name, sha in files.items())
+    return damage(checkpoint) is None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -50,13 +94,22 @@ def by_step(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint to resume from; torn and damaged ones are set aside and named in the log."""
+def resume_from(folder: Path, every: int) -> Resume:
+    """The checkpoint to resume from; torn and damaged ones are set aside, and the log says why.
+
+    Args:
+        folder: where a stage's checkpoints are; it need not exist.
+        every: the steps between two checkpoints.
+    """
+    reached = 0
     for checkpoint in by_step(folder):
-        if is_whole(checkpoint):
-            return checkpoint
-        info(f"checkpoint {checkpoint.name} is torn or damaged; set aside as {set_aside(checkpoint)}")
-    return None
+        if not reached:  # the newest: no step is taken while it is written; once it is sealed, up to `every` more
+            reached = step_of(checkpoint) + (every if (checkpoint / SEAL).is_file() else 0)
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return Resume(checkpoint, reached)
+        info(f"checkpoint {checkpoint.name} is {wrong}; set aside as {set_aside(checkpoint)}")
+    return Resume(None, reached)
 
 
 def newest_step(folder: Path) -> int:

@@ -49,8 +49,8 @@ class Job(Spec):
 
     @property
     def lock(self) -> Path:
-        """The lock that admits one writer to this step."""
-        return Path(self.target).parent / ".locks" / f"{Path(self.target).name}.lock"
+        """The lock that admits one writer: of the folder that a step is made in, so that those who share it wait."""
+        return Path(self.target).parent / ".locks" / f"{Path(self.work).name}.lock"
 
 
 def write_job(job: Job, path: Path) -> None:

@@ -12,8 +12,12 @@ from stages.errors import TryAgain
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, name: str | None = None) -> Iterator[None]:
     """Hold the lock at ``path``.
+
+    Args:
+        path: the lock's file; made where it is missing, and left behind.
+        name: what is locked, for people; the file's name where none is given.
 
     Raises:
         TryAgain: another process holds it; the message names its pid and host.
@@ -25,7 +29,7 @@ def exclusive(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise TryAgain(
-                f"{path.stem} is being worked on by {_holder(file.read())}; wait for it, then run again"
+                f"{name or path.stem} is being worked on by {_holder(file.read())}; wait for it, then run again"
             ) from None
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

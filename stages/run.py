@@ -39,7 +39,7 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
         TriviumError: the reason, for people; whatever was published before stays.
     """
     durations: dict[str, float] = {}
-    with exclusive(job.lock):
+    with exclusive(job.lock, Path(job.target).name):
         artifact = read(Path(job.target)) if Path(job.target).exists() else None
         model = None
         if artifact is None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import checkpoint, probe
+from stages import checkpoint, conditions, probe
 from stages.arguments import trainer_arguments
 from stages.errors import StageFailed, TryAgain
 from stages.log import event, info
@@ -74,6 +74,7 @@ def fit(
         TryAgain: SIGTERM came; a sealed checkpoint was left behind.
     """
     import torch
+    from transformers import set_seed
 
     cpu = not torch.cuda.is_available()
     bfloat16 = autocasts(stage)
@@ -92,13 +93,13 @@ def fit(
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
     stage.method.attach(trainer)
     _check_trainable(trainer.model, prepared.trainable, stage)
-    resume = checkpoint.newest_whole(folder)
-    if resume is not None:
-        info(f"resuming at step {checkpoint.step_of(resume)}")
+    watcher.resume = resume = checkpoint.resume_from(folder, stage.train.checkpoint_every)
+    watcher.spans = conditions.resumed(resume.checkpoint, resume.step, conditions.conditions(stage))
+    set_seed(seed)  # what was drawn until here may depend on caches; what dropout draws must not
     if preemption is not None:
         preemption.training = True
     with _checkpoints_by_name_in_memory(prepared.model):
-        result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train(resume_from_checkpoint=None if resume.step == 0 else str(resume.checkpoint))
     if preemption is not None:
         preemption.training = False
     reference_is_kept()
@@ -107,16 +108,18 @@ def fit(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if preemption is not None and preemption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise TryAgain(f"told to stop; kept step {trainer.state.global_step} of {trainer.state.max_steps}")
+    curve = [{key: entry.get(key) for key in _CURVE} for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
         "sequences": len(trainer.train_dataset),
         "precision": "bfloat16" if bfloat16 else "float32",
         "device": trainer.args.device.type,
-        "final_loss": result.training_loss,
-        "curve": [{key: entry.get(key) for key in _CURVE} for entry in trainer.state.log_history if "loss" in entry],
+        "final_loss": curve[-1]["loss"] if curve else None,
+        "curve": curve,
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "packing_leak": leak,
-        "resumed_at": checkpoint.step_of(resume) if resume is not None else 0,
+        "resumed_at": resume.step,
+        "conditions": watcher.spans,
     }
 
 
@@ -193,9 +196,13 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
 
     class Watcher(TrainerCallback):  # type: ignore[misc]
         first_loss: float | None = getattr(stage, "first_loss", None)
+        resume: checkpoint.Resume
+        spans: list[conditions.Span]
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             event("progress", step=state.global_step, total=state.max_steps)
+            if line := self.resume.line(state.max_steps):
+                info(line)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" not in logs:
@@ -212,7 +219,9 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
                 control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            checkpoint.seal(folder / f"checkpoint-{state.global_step}")
+            place = folder / f"checkpoint-{state.global_step}"
+            conditions.keep(self.spans, place)
+            checkpoint.seal(place)
             checkpoint.prune(folder, stage.train.keep_checkpoints)
 
     return Watcher()

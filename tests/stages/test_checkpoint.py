@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkpoint import by_step, is_whole, newest_step, newest_whole, prune, seal, step_of
+from stages.checkpoint import by_step, damage, is_whole, newest_step, prune, resume_from, seal, step_of
 
 FILES = {
     "model.safetensors": b"weights",
@@ -96,7 +96,7 @@ def test_a_seal_that_is_none_is_no_seal(tmp_path, text):
 def test_a_seal_that_lists_the_names_without_their_hashes_is_no_seal(tmp_path):
     checkpoint = make(tmp_path, 5)
     (checkpoint / "seal.json").write_text(json.dumps(sorted(FILES)))
-    assert newest_whole(tmp_path) is None
+    assert resume_from(tmp_path, 4).checkpoint is None
 
 
 @pytest.fixture
@@ -144,13 +144,13 @@ def test_the_newest_is_the_highest_step_however_names_and_clocks_sort(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "runs").mkdir()
     assert names(by_step(tmp_path)) == ["checkpoint-1000", "checkpoint-200", "checkpoint-90"]
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-1000"
+    assert resume_from(tmp_path, 4).checkpoint == tmp_path / "checkpoint-1000"
     assert newest_step(tmp_path) == 1000
 
 
 def test_where_there_is_none_a_run_starts_at_zero(tmp_path):
-    assert newest_whole(tmp_path) is None
-    assert newest_whole(tmp_path / "missing") is None
+    assert resume_from(tmp_path, 4).checkpoint is None
+    assert resume_from(tmp_path / "missing", 4).checkpoint is None
     assert newest_step(tmp_path / "missing") == 0
     make(tmp_path, 5, sealed=False)
     assert newest_step(tmp_path) == 0
@@ -160,27 +160,70 @@ def test_damaged_ones_are_set_aside_and_named_and_an_older_one_is_chosen(tmp_pat
     for step in (4, 8, 12, 16):
         make(tmp_path, step, sealed=step != 16)
     (tmp_path / "checkpoint-12/optimizer.pt").write_bytes(b"moments!?")
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-8"
+    assert resume_from(tmp_path, 4).checkpoint == tmp_path / "checkpoint-8"
     assert names(by_step(tmp_path)) == ["checkpoint-8", "checkpoint-4"]
     assert sorted(names((tmp_path / ".set-aside").iterdir())) == ["checkpoint-12.1", "checkpoint-16.1"]
     told = capsys.readouterr().err
-    for step in (12, 16):
+    for step, why in ((16, "torn: the process ended before it was sealed"), (12, "damaged: optimizer.pt was changed")):
         place = tmp_path / f".set-aside/checkpoint-{step}.1"
-        assert f"checkpoint checkpoint-{step} is torn or damaged; set aside as {place}\n" in told
+        [line] = [line for line in told.splitlines() if line.startswith(f"checkpoint checkpoint-{step} is {why}")]
+        assert line.endswith(f"; set aside as {place}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (lambda place: (place / "seal.json").unlink(), "torn: the process ended before it was sealed"),
+        (lambda place: (place / "optimizer.pt").unlink(), "damaged: optimizer.pt is missing"),
+        (lambda place: (place / "more.bin").touch(), "damaged: more.bin does not belong there"),
+        (lambda place: (place / "rng/state_0.pth").write_bytes(b"?"), "damaged: rng/state_0.pth was changed since"),
+        (lambda place: (place / "seal.json").write_text("[]"), "damaged: seal.json is no seal"),
+        (lambda place: (place / "seal.json").write_text("{"), "damaged: seal.json is no seal"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_said(harm, why, tmp_path):
+    checkpoint = make(tmp_path, 5)
+    assert damage(checkpoint) is None
+    harm(checkpoint)
+    assert str(damage(checkpoint)).startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        ((), ""),
+        (("4",), "resuming at step 4 of 20: at most 4 steps are trained again"),
+        (("4", "8"), "resuming at step 8 of 20: at most 4 steps are trained again"),
+        (("4", "8", "9 torn"), "resuming at step 8 of 20: at most 1 step is trained again"),
+        (("4", "8 torn"), "resuming at step 4 of 20: at most 4 steps are trained again"),
+        (("4", "8 damaged"), "resuming at step 4 of 20: at most 8 steps are trained again"),
+        (("4", "8 damaged", "12 torn"), "resuming at step 4 of 20: at most 8 steps are trained again"),
+        (("4 damaged", "8 damaged"), "starting over at step 1 of 20: no whole checkpoint is left"),
+        (("4 torn",), "starting over at step 1 of 20: no whole checkpoint is left"),
+        (("18",), "resuming at step 18 of 20: at most 2 steps are trained again"),
+        (("16", "20"), "resuming at step 20 of 20: no step is trained again"),
+    ],
+)
+def test_a_resume_says_how_much_is_trained_again(steps, line, tmp_path):
+    for step, _, state in (step.partition(" ") for step in steps):
+        checkpoint = make(tmp_path, int(step), sealed=state != "torn")
+        if state == "damaged":
+            (checkpoint / "optimizer.pt").write_bytes(b"?")
+    assert resume_from(tmp_path, every=4).line(20) == line
 
 
 def test_a_resume_that_finds_only_damage_starts_anew_and_keeps_the_evidence(tmp_path):
     for _ in range(2):
         checkpoint = make(tmp_path, 4)
         (checkpoint / "model.safetensors").unlink()
-        assert newest_whole(tmp_path) is None
+        assert resume_from(tmp_path, 4).checkpoint is None
     assert sorted(names((tmp_path / ".set-aside").iterdir())) == ["checkpoint-4.1", "checkpoint-4.2"]
 
 
 def test_a_stray_file_of_a_checkpoints_name_is_set_aside(tmp_path):
     make(tmp_path, 4)
     (tmp_path / "checkpoint-9").write_text("")
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert resume_from(tmp_path, 4).checkpoint == tmp_path / "checkpoint-4"
 
 
 def test_pruning_keeps_the_highest_steps_though_the_clock_went_backwards(tmp_path):
@@ -199,7 +242,7 @@ def test_pruning_does_not_count_a_torn_checkpoint_as_one_that_is_kept(tmp_path):
         make(tmp_path, step)
     make(tmp_path, 8, sealed=False)
     prune(tmp_path, keep=2)
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-6"
+    assert resume_from(tmp_path, 4).checkpoint == tmp_path / "checkpoint-6"
     assert is_whole(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-2").exists()
 

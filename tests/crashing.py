@@ -1,0 +1,163 @@
+"""Processes that are killed: fork after the imports, let the child come to a place, kill it there without warning."""
+
+import gc
+import hashlib
+import json
+import os
+import random
+import select
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy
+import torch
+from safetensors import safe_open
+
+from stages.artifact import damage, read
+from stages.job import STAGE, Job
+from stages.pipeline import load_pipeline
+from stages.plan import make_plan
+from stages.run import import_ahead, run_job
+
+import_ahead(STAGE)
+gc.collect()
+gc.freeze()  # a stage collects several times; half of its seconds went into looking at modules, and forks copy less
+
+PATIENCE = 120
+"""Seconds until a child that never comes to its place is given up."""
+
+Here = Callable[[], NoReturn]
+Arrange = Callable[[Here], None]
+
+
+def killed(arrange: Arrange, work: Callable[[], object]) -> None:
+    """Do ``work`` in a child and kill it with SIGKILL at the place that ``arrange`` chooses.
+
+    Args:
+        arrange: called in the child before the work; makes something call what it is given, which never returns.
+        work: what the child does.
+    """
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+
+            def here() -> NoReturn:
+                os.write(theirs, b"here")
+                while True:
+                    signal.pause()
+
+            # A fork has none of its parent's threads, and loading in several would ask torch for them.
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+            arrange(here)
+            work()
+        except BaseException:
+            traceback.print_exc()  # the parent only sees that the pipe was closed
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    try:
+        ready, _, _ = select.select([ours], [], [], PATIENCE)
+        said = os.read(ours, 4) if ready else b"nothing in time"
+    finally:
+        os.close(ours)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert said == b"here", "the child ended before it came to the place; its traceback is above"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def before(owner: Any, name: str, number: int = 1) -> Arrange:
+    """Stop at the ``number``-th call of a function, before it does anything."""
+    return _at(owner, name, number, after=False)
+
+
+def after(owner: Any, name: str, number: int = 1) -> Arrange:
+    """Stop when the ``number``-th call of a function has done its work."""
+    return _at(owner, name, number, after=True)
+
+
+def _at(owner: Any, name: str, number: int, *, after: bool) -> Arrange:
+    def arrange(here: Here) -> None:
+        real, calls = getattr(owner, name), []
+
+        def stop(*arguments: Any, **named: Any) -> Any:
+            calls.append(name)
+            if len(calls) == number and not after:
+                here()
+            result = real(*arguments, **named)
+            if len(calls) == number:
+                here()
+            return result
+
+        setattr(owner, name, stop)
+
+    return arrange
+
+
+def disturb() -> None:
+    """A new process would not find the random generators where this one left them."""
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(987)
+
+
+def stage_job(folder: Path, root: Path, stage: str, rest: str = "", *, dtype: str = "float32") -> Job:
+    """The job of a pipeline's only stage, its base published.
+
+    Args:
+        folder: holds ``base/`` and what the stage reads.
+        root: where artifacts go.
+        stage: the stage in YAML, without its name.
+        rest: top-level keys of the spec in YAML.
+        dtype: of the release, and of measurements.
+    """
+    indented = "\n".join(f"    {line}" for line in stage.strip().splitlines())
+    root.mkdir(parents=True, exist_ok=True)
+    spec = root / "spec.yaml"
+    spec.write_text(
+        f"name: it\nmodel: {{path: base, dtype: {dtype}}}\nseed: 5\n{rest}stages:\n  - name: only\n{indented}\n"
+    )
+    pipeline, _ = load_pipeline(spec)
+    plan = make_plan(pipeline, folder, root, until="only")
+    if plan.steps[0].artifact is None:
+        run_job(plan.job(plan.steps[0]))
+        plan = make_plan(pipeline, folder, root, until="only")
+    return plan.job(plan.steps[1])
+
+
+class Result(NamedTuple):
+    """What a published stage came to."""
+
+    weights: str
+    """sha256 over all tensors: the model's, the adapter's, and the logits on the probe."""
+    curve: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+def result(job: Job) -> Result:
+    """What a job published; every byte is as its manifest says."""
+    artifact = read(Path(job.target))
+    assert artifact is not None
+    assert damage(artifact) == []
+    digest = hashlib.sha256()
+    for path in sorted(artifact.path.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                digest.update(f"{path.name} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    curve = json.loads((artifact.path / "training.json").read_text())["training"]["curve"]
+    return Result(digest.hexdigest(), curve, artifact.manifest["record"]["training"])
+
+
+def checkpoints(job: Job) -> Path:
+    """Where a job's checkpoints are."""
+    return Path(job.work) / "checkpoints"
+
+
+def published(job: Job) -> bool:
+    """Whether a job's artifact is there."""
+    return Path(job.target).exists()
