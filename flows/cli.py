@@ -55,11 +55,9 @@ def init(folder: Path, *, template: str = "quickstart") -> None:
 def validate(spec: SpecFile) -> None:
     """Check a spec and every file it names; all errors at once, each by line and column."""
     from stages.advice import warnings
-    from stages.check import check_spec
-    from stages.pipeline import load_pipeline
+    from stages.check import read_spec
 
-    pipeline, document = load_pipeline(spec)
-    check_spec(pipeline, document)
+    pipeline, document = read_spec(spec)
     _advise(warnings(pipeline, document))
     stages = ", ".join(f"{stage.name} ({stage.kind}, {stage.method.kind})" for stage in pipeline.stages)
     print(f"{spec}: valid; {len(pipeline.stages)} stages: {stages}")  # noqa: T201
@@ -83,12 +81,10 @@ def _explain(asked: "Run", *, count: bool, forced: bool = False) -> "Plan":
     """
     from flows.terminal import print_plan
     from stages.advice import warnings
-    from stages.check import check_counts, check_spec
+    from stages.check import check_counts, read_spec
     from stages.count import base_folder, stage_counts, stage_lines
-    from stages.pipeline import load_pipeline
 
-    pipeline, document = load_pipeline(asked.spec)
-    check_spec(pipeline, document)
+    pipeline, document = read_spec(asked.spec)
     found = asked.plan(forced=forced)
     counts = stage_counts(found, compute=count)
     check_counts(found, counts, document)

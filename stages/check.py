@@ -1,86 +1,139 @@
 """Everything that can be known to be wrong before anything trains, without torch."""
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, get_args
 
-from specs.gate import LmEvalSpec, PreferenceSpec
+from pydantic import TypeAdapter, ValidationError
+
+from specs.data import DataSpec
+from specs.gate import MetricSpec
 from specs.load import Document, Problem, SpecError
+from specs.load import read as read_document
+from specs.model import ModelSpec
 from specs.pipeline import Location
+from specs.train import Optimizer
 from stages.arguments import extra_problems
 from stages.artifact import read
 from stages.count import Count
-from stages.data import SAMPLE, Normaliser, read_source
+from stages.data import SAMPLE
 from stages.errors import InvalidInput
-from stages.identity import base_files
+from stages.files import Found, check_method, check_metric, check_model, check_source, missing
 from stages.layout import Layout, read_layout
-from stages.methods.base import MethodSpec
-from stages.metrics.harness import is_task_file, task_files
-from stages.pipeline import Pipeline
+from stages.methods import Method
+from stages.objective import ObjectiveSpec
+from stages.pipeline import Pipeline, Stage
 from stages.plan import Plan, Step
 from stages.requirements import stage_problems
-from stages.rows import any_scored_row, preference_row
 
 _GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
 _GPU_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
+_OPTIMIZER_PACKAGE = "bitsandbytes"
+_PACKAGE_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if "8bit" in name or "paged" in name)
 
-if TYPE_CHECKING:
-    from specs.data import DataSpec
 
-Found = list[tuple[Location, str]]
+def read_spec(path: Path) -> tuple[Pipeline, Document]:
+    """Read a spec and look at every file that it names, as far as that is quick.
+
+    Raises:
+        SpecError: all that is wrong at once, each at its place. Where the spec as a whole cannot be understood, the
+            files of those parts that can are looked at all the same.
+    """
+    document = read_document(path)
+    try:
+        pipeline = document.validate(Pipeline)
+    except SpecError as error:
+        found = part_problems(document.data, document.path.parent.resolve())
+        raise SpecError([*error.problems, *_at_their_places(document, found)]) from None
+    check_spec(pipeline, document)
+    return pipeline, document
 
 
 def check_spec(pipeline: Pipeline, document: Document) -> None:
-    """Look at every file that the spec names, as far as that is quick.
+    """Hold the parts of a spec against one another, and look at every file that it names, as far as that is quick.
 
     Raises:
         SpecError: all that is wrong, each at its place in the spec.
     """
-    found = spec_problems(pipeline, document.path.parent.resolve())
+    found = [*pipeline.problems(), *spec_problems(pipeline, document.path.parent.resolve())]
     if found:
-        problems: list[Problem] = [document.problem(where, message) for where, message in found]
-        raise SpecError(problems)
+        raise SpecError(_at_their_places(document, found))
+
+
+def _at_their_places(document: Document, found: Found) -> list[Problem]:
+    return [document.problem(where, message) for where, message in found]
 
 
 def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) -> Found:
     """What is wrong with the files, packages and trainer arguments that the spec names."""
     found: Found = []
-    layout = _base_layout(pipeline, folder, found)
-    template = pipeline.model.chat_template
-    if template is not None and not (folder / template).is_file():
-        found.append((("model", "chat_template"), f"{folder / template}: no such file"))
+    layout = check_model(pipeline.model, folder, found)
     for number, stage in enumerate(pipeline.stages):
-        place: Location = ("stages", number)
-        found += [((*place, "method"), message) for message in _missing(stage.method)]
-        found += _file_problems(stage.method, place, folder, layout)
-        found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
-        found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
-        for source_number, source in enumerate(stage.data):
-            _read(found, (*place, "data", source_number), source, folder, stage.normalise, limit)
+        _check_stage(stage, ("stages", number), folder, layout, limit, found)
     for name, metric in pipeline.metrics.items():
-        if isinstance(metric, LmEvalSpec):
-            if is_task_file(metric.task):
-                _try(found, ("metrics", name, "task"), lambda task=metric.task: task_files(folder / task))  # type: ignore[misc]
-        else:
-            schema = preference_row if isinstance(metric, PreferenceSpec) else any_scored_row
-            _read(found, ("metrics", name, "data"), metric.data, folder, schema, limit)
+        check_metric(metric, ("metrics", name), folder, limit, found)
     return found
 
 
-def _missing(method: MethodSpec) -> Iterator[str]:
-    """Packages that a method needs and that are not there."""
-    for package in method.requires:
-        if importlib.util.find_spec(package) is None:
-            yield f"method {method.kind} needs the package {package}: pip install {package}"
+def _check_stage(
+    stage: ObjectiveSpec, place: Location, folder: Path, layout: Layout | None, limit: int | None, found: Found
+) -> None:
+    check_method(stage.method, place, folder, layout, found)
+    found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
+    found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
+    optimizer = stage.train.optimizer
+    if optimizer in _PACKAGE_OPTIMIZERS and (problem := missing(_OPTIMIZER_PACKAGE)):
+        found.append(((*place, "train", "optimizer"), f"optimizer {optimizer} {problem}"))
+    for number, source in enumerate(stage.data):
+        check_source(source, (*place, "data", number), folder, stage.normalise, limit, found)
 
 
-def _file_problems(method: MethodSpec, place: Location, folder: Path, layout: Layout | None) -> Found:
-    """The files that a method reads, held against the model unless that one is refused as a whole."""
-    served = layout is not None and method.unsupported(layout.config) is None
-    found = method.file_problems(folder, layout if served else None)
-    return [((*place, "method", field), message) for field, message in found]
+def part_problems(data: dict[str, Any], folder: Path) -> Found:
+    """What is wrong with the files that the sound parts of an unsound spec name.
+
+    A part counts as sound when it validates by itself: the model, a metric, a stage, or else a stage's method and
+    each source of its rows.
+
+    Args:
+        data: the spec as it was read.
+        folder: the spec's.
+    """
+    found: Found = []
+    model = _sound(ModelSpec, data.get("model"))
+    layout = None if model is None else check_model(model, folder, found)
+    stages, metrics = data.get("stages"), data.get("metrics")
+    for number, part in enumerate(stages if isinstance(stages, list) else ()):
+        place: Location = ("stages", number)
+        if (stage := _sound(Stage, part)) is not None:
+            _check_stage(stage, place, folder, layout, SAMPLE, found)
+        elif isinstance(part, dict):
+            _check_parts_of_stage(part, place, folder, layout, found)
+    for name, part in metrics.items() if isinstance(metrics, dict) else ():
+        if (metric := _sound(MetricSpec, part)) is not None:
+            check_metric(metric, ("metrics", name), folder, SAMPLE, found)
+    return found
+
+
+def _check_parts_of_stage(
+    part: dict[str, Any], place: Location, folder: Path, layout: Layout | None, found: Found
+) -> None:
+    if (method := _sound(Method, part.get("method"))) is not None:
+        check_method(method, place, folder, layout, found)
+    objectives = get_args(get_args(Stage)[0])
+    schemas = [one.normalise for one in objectives if part.get("kind") in get_args(one.model_fields["kind"].annotation)]
+    sources = part.get("data")
+    for number, item in enumerate(sources if isinstance(sources, list) else ()):
+        if (source := _sound(DataSpec, item)) is not None:
+            schema = schemas[0] if schemas else None
+            check_source(source, (*place, "data", number), folder, schema, SAMPLE, found)
+
+
+def _sound(kind: Any, part: object) -> Any:
+    """A part of a spec as what it should be, or None: what is wrong with it is said where the whole is validated."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(part), strict=True)
+    except ValidationError:
+        return None
 
 
 def check_inputs(pipeline: Pipeline, folder: Path) -> None:
@@ -146,28 +199,3 @@ def has_chat_template(model: Path) -> bool:
         return True
     settings = model / "tokenizer_config.json"
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-
-
-def _base_layout(pipeline: Pipeline, folder: Path, found: Found) -> Layout | None:
-    """The base's config and headers, if it is a sound folder; what is wrong with it goes to ``found``."""
-    before = len(found)
-    _try(found, ("model",), lambda: base_files(pipeline, folder))
-    layouts: list[Layout] = []
-    if pipeline.model.path is not None and len(found) == before:
-        place = folder / pipeline.model.path
-        _try(found, ("model", "path"), lambda: layouts.append(read_layout(place)))
-    return layouts[0] if layouts else None
-
-
-def _read(
-    found: Found, place: Location, source: "DataSpec", folder: Path, schema: Normaliser, limit: int | None
-) -> None:
-    if source.path is not None:
-        _try(found, place, lambda: [None for _ in read_source(source, folder, schema, limit)])
-
-
-def _try(found: Found, place: Location, check: Callable[[], object]) -> None:
-    try:
-        check()
-    except InvalidInput as error:
-        found.extend((place, line) for line in str(error).splitlines())

@@ -13,6 +13,7 @@ from specs.data import FORMATS, DataSpec
 from stages.artifact import sha256
 from stages.errors import InvalidInput
 from stages.log import info
+from stages.paths import irregular
 from stages.rows import BadRow, BrokenFile, Row
 
 Normaliser = Callable[[Row], Row]
@@ -98,10 +99,8 @@ def _local_files(pattern: str, folder: Path) -> list[Path]:
     path = folder / pattern
     if any(sign in pattern for sign in "*?["):
         return _matches(folder, pattern, str(path))
-    if not path.exists():
-        raise InvalidInput(f"{path}: no such file")
-    if not path.is_file():
-        raise InvalidInput(f"{path}: not a regular file")
+    if problem := irregular(path):
+        raise InvalidInput(problem)
     return [path]
 
 

@@ -95,7 +95,7 @@ REFUSALS = {
         ("max_steps: 10,", "max_steps: 10, extra: {pading_free: true},"),
         "the trainer (DPOConfig) has no argument 'pading_free'; nearest: padding_free",
     ),
-    "a missing task": (("tasks/qa.yaml", "tasks/qq.yaml"), "tasks/qq.yaml: cannot be read: No such file or directory"),
+    "a missing task": (("tasks/qa.yaml", "tasks/qq.yaml"), "tasks/qq.yaml: no such file"),
 }
 
 

@@ -276,8 +276,10 @@ def test_what_is_missing_or_no_file_is_refused_with_its_whole_path(tmp_path):
     (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
     assert refusal(tmp_path, "none.jsonl") == f"{tmp_path}/none.jsonl: no such file"
     assert refusal(tmp_path, "dangling.jsonl") == f"{tmp_path}/dangling.jsonl: no such file"
-    assert refusal(tmp_path, "folder.jsonl") == f"{tmp_path}/folder.jsonl: not a regular file"
-    assert refusal(tmp_path, "pipe.jsonl") == f"{tmp_path}/pipe.jsonl: not a regular file"
+    folder = "not a regular file, but a folder; name the file in it"
+    piped = "not a regular file, but a pipe; write what comes out of it to a file"
+    assert refusal(tmp_path, "folder.jsonl") == f"{tmp_path}/folder.jsonl: {folder}"
+    assert refusal(tmp_path, "pipe.jsonl") == f"{tmp_path}/pipe.jsonl: {piped}"
 
 
 def test_a_limit_is_per_file_and_what_lies_beyond_is_not_looked_at(tmp_path):
