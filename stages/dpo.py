@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from specs.train import DpoTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
 from stages.errors import StageFailed
+from stages.finite import learned_rows
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, preference_row
 
@@ -63,6 +64,13 @@ class Dpo(ObjectiveSpec):
         pairs = [unwrapped.train_dataset[number] for number in range(min(4, len(unwrapped.train_dataset)))]
         batch = unwrapped._prepare_inputs(unwrapped.data_collator(pairs))
         start = self._reference(unwrapped, batch)
+        if not bool(start.isfinite().all()):
+            shown = "\n".join(f"  {row}" for row in learned_rows(batch, unwrapped.processing_class))
+            raise StageFailed(
+                f"stage {self.name}: the start model gives log-probabilities that are inf or nan to some of the first "
+                f"pairs, whose chosen answers begin with\n{shown}\nLook at these rows in the data; if they are sound, "
+                "the start model is not: look at the stage before, or take another base"
+            )
         if self.method.starts_at_reference:
             self._hold("policy and reference differ before the first step", _policy(unwrapped, batch), start)
         else:  # by design: then the reference must be what is left without the adapter

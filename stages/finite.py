@@ -37,7 +37,42 @@ def not_finite(model: "torch.nn.Module", *, trained: bool = False) -> str:
     return ", ".join([name for name, parameter in floats if not bool(torch.isfinite(parameter).all())][:3])
 
 
-class FiniteSteps:
+def stop_before_bad_steps(stage: str, trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let a trainer end with `StageFailed` before a step, or a checkpoint, that holds inf or nan.
+
+    Args:
+        stage: the stage's name, for messages.
+        trainer: set up, with all its other callbacks, and not started yet.
+        tokenizer: turns the rows of a bad batch into text again.
+    """
+    from transformers import TrainerCallback
+
+    steps = _Steps(stage, trainer, tokenizer)
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
+        ) -> None:
+            rate = float(optimizer.param_groups[0]["lr"])
+            steps.check(state.global_step + 1, state.max_steps, rate, model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+            if control.should_save:
+                _check_updated(stage, state.global_step, model)
+
+    trainer.add_callback(Watch())
+
+
+def _check_updated(stage: str, step: int, model: "torch.nn.Module") -> None:
+    """A step from finite gradients can still overflow; a checkpoint of it would only be resumed to fail."""
+    if broken := not_finite(model, trained=True):
+        raise StageFailed(
+            f"stage {stage}: optimizer step {step} left inf or nan in {broken}; no checkpoint is written of it, and "
+            "nothing is published. Lower train.learning_rate, and run again"
+        )
+
+
+class _Steps:
     """Losses and gradient norm of the optimizer step at work, looked at before the step is taken.
 
     Losses stay on their device until the last micro batch: one synchronisation per optimizer step, whether it is
@@ -45,13 +80,7 @@ class FiniteSteps:
     """
 
     def __init__(self, stage: str, trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Listen to ``trainer``, whose callback then asks `check` before each of its steps.
-
-        Args:
-            stage: the stage's name, for messages.
-            trainer: set up, and not started yet.
-            tokenizer: turns the rows of a bad batch into text again.
-        """
+        """Listen to ``trainer``, whose callback then asks `check` before each of its steps."""
         self._stage, self._tokenizer = stage, tokenizer
         self._losses: list[torch.Tensor] = []
         self._batches: list[dict[str, Any]] = []
@@ -105,7 +134,9 @@ class FiniteSteps:
 
     def _cause(self, batches: list[dict[str, Any]], bad: list[int], model: "torch.nn.Module") -> str:
         blamed = batches[bad[0]] if bad else None
-        rows = [row for batch in (batches if blamed is None else [blamed]) for row in self._rows(batch)]
+        rows = [
+            row for batch in (batches if blamed is None else [blamed]) for row in learned_rows(batch, self._tokenizer)
+        ]
         count = len(batches)
         where = f"micro batch {bad[0] + 1} of {count}" if bad else f"the step's {count} micro batches"
         more = [f"  ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
@@ -123,12 +154,18 @@ class FiniteSteps:
             "as it is, a rerun would come to the same step"
         )
 
-    def _rows(self, batch: dict[str, Any]) -> Iterator[str]:
-        """The beginning of what is learned of each row, as JSON would write it: what a search of the data finds."""
-        labels = _labels(batch)
-        for ids, learned in _sequences(batch, labels):
-            tokens = [token for token, label in zip(ids, learned, strict=True) if label != IGNORED][:_DECODED]
-            yield _quoted(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+def learned_rows(batch: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """The beginning of what is learned of each row of a batch, as JSON would write it: what a search of the data finds.
+
+    Args:
+        batch: what a trainer's collator made: `input_ids` of shape (rows, length), and labels or a mask.
+        tokenizer: that made the ids.
+    """
+    for ids, learned in _sequences(batch, _labels(batch)):
+        first = next(place for place, label in enumerate(learned) if label != IGNORED)
+        first = 0 if first == 1 else first  # nothing predicts a document's first token: packing takes its label away
+        yield _quoted(tokenizer.decode(ids[first : first + _DECODED], skip_special_tokens=True))
 
 
 def _labels(batch: dict[str, Any]) -> "torch.Tensor":

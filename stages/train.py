@@ -1,6 +1,5 @@
 """The trainer library's loop, and what must hold before, during and after it."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from stages import checkpoint, conditions, probe
 from stages.arguments import trainer_arguments
 from stages.errors import StageFailed, TryAgain
+from stages.finite import stop_before_bad_steps
 from stages.log import event, info
 from stages.methods.base import Prepared
 from stages.objective import ObjectiveSpec
+from stages.pickles import refuse_foreign_objects
 from stages.preemption import Preemption
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def fit(
     leak = _check_packing(stage, arguments, prepared.model, mixed=mixed)
     stage.method.attach(trainer)
     _check_trainable(trainer.model, prepared.trainable, stage)
+    stop_before_bad_steps(stage.name, trainer, tokenizer)
     watcher.resume = resume = checkpoint.resume_from(folder, stage.train.checkpoint_every)
+    if resume.checkpoint is not None:
+        refuse_foreign_objects(resume.checkpoint)
     watcher.spans = conditions.resumed(resume.checkpoint, resume.step, conditions.conditions(stage))
     set_seed(seed)  # what was drawn until here may depend on caches; what dropout draws must not
     if preemption is not None:
@@ -191,7 +195,7 @@ def _check_trainable(model: Any, planned: frozenset[str], stage: ObjectiveSpec) 
 
 
 def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) -> Any:
-    """A callback that reports progress, stops on nan, seals checkpoints and honours SIGTERM."""
+    """A callback that reports progress, seals checkpoints and honours SIGTERM."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -208,13 +212,13 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
             if "loss" not in logs:
                 return
             values = {key: logs.get(key) for key in ("loss", "grad_norm", "learning_rate")}
-            _check_finite(stage, state.global_step, values)
             if state.global_step == 1 and self.first_loss is not None:
                 _check_first_loss(stage, logs["loss"], self.first_loss)
             event("progress", step=state.global_step, total=state.max_steps, **values)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if preemption is not None and preemption.asked:
+                event("saving", step=state.global_step)
                 control.should_save = True
                 control.should_training_stop = True
 
@@ -225,16 +229,6 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
             checkpoint.prune(folder, stage.train.keep_checkpoints)
 
     return Watcher()
-
-
-def _check_finite(stage: ObjectiveSpec, step: int, values: dict[str, Any]) -> None:
-    bad = {key: value for key, value in values.items() if value is not None and not math.isfinite(value)}
-    if bad:
-        raise StageFailed(
-            f"stage {stage.name}: {', '.join(bad)} is not finite at step {step} "
-            f"(learning rate {values['learning_rate']:g}); nothing of it is published. "
-            "Lower train.learning_rate, or train.max_grad_norm, and run again"
-        )
 
 
 def _check_first_loss(stage: ObjectiveSpec, found: float, expected: float) -> None:
