@@ -10,6 +10,7 @@ from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
 from stages.errors import InvalidInput
+from stages.foreign import model_problems
 from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
@@ -48,6 +49,8 @@ def check_model(model: ModelSpec, folder: Path, found: Found) -> Layout | None:
         problem = irregular(folder / template) or astray(template, [folder / template], folder)
         if problem:
             found.append((("model", "chat_template"), problem))
+    said = {message for _, message in found}
+    found += [problem for problem in model_problems(model, folder) if problem[1] not in said]
     return layouts[0] if layouts else None
 
 
