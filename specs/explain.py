@@ -36,6 +36,7 @@ _EXPECTED = {
     "too_short": "{min_length} or more items",
     "too_long": "{max_length} or fewer items",
 }
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?")
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -213,6 +214,8 @@ def _mismatch(branches: list[tuple[str, ErrorDetails]]) -> str:
         for choice in re.findall("'([^']*)'", each["ctx"]["expected"])
     ]
     near = _near(error["input"], choices)
+    if "number" in wanted and isinstance(error["input"], str) and _NUMBER.fullmatch(error["input"]):
+        near = "remove the quotes"
     return f"expected {wanted}, found {found}" + (f"; {near}" if near else "")
 
 
