@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flows.process import Event
 from flows.summary import Summary
+from stages.disk import Estimate
 from stages.plan import Plan, Step
 
 PIPED = 120
@@ -82,8 +83,8 @@ class Watcher:
             self._progress.update(self._task, completed=done, total=total, note=note)
 
 
-def print_plan(plan: Plan, details: Mapping[str, Sequence[str]]) -> None:
-    """Which steps will run, and why; under a step its own lines from ``details``, by its name."""
+def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate | None = None) -> None:
+    """Which steps will run, and why; under a step its own lines from ``details``, by its name; the disk they need."""
     for step in plan.steps:
         if step.artifact is None:
             mark, text = "[yellow]run     [/]", step.reason
@@ -96,6 +97,8 @@ def print_plan(plan: Plan, details: Mapping[str, Sequence[str]]) -> None:
         out.print(f"{mark} {step.order} {step.name}{kind}: {text}")
         for line in details.get(step.name, ()):
             out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
+    if room is not None and room.needed:
+        out.print(str(room), style="dim" if room.fits else "red", markup=False, soft_wrap=True)
 
 
 def print_warnings(warnings: Sequence[object]) -> None:

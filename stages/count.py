@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from stages.methods.base import MethodSpec, Start
 from stages.model import load_config, without_weights
 from stages.pipeline import Pipeline
 from stages.plan import Plan
+from stages.preemption import die_with
 from stages.remote_code import allowing
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ def stage_counts(plan: Plan, *, compute: bool = True) -> dict[str, Count]:
         made, lasting = _in_a_child(plan.pipeline, plan.folder, base, wanted)
         found |= made
         if lasting:
-            write_json(file, kept | {keys[name]: asdict(count) for name, count in made.items()})
+            with suppress(OSError):  # a cache: what cannot be kept is counted again
+                write_json(file, kept | {keys[name]: asdict(count) for name, count in made.items()})
     return {name: found[name] for name in keys if name in found}
 
 
@@ -250,6 +253,7 @@ def _complaint(stderr: str) -> str:
 
 def main() -> int:
     """Count what a request on stdin asks for; the last line on stdout is the answer."""
+    die_with(os.getppid())
     request = json.loads(sys.stdin.read())
     pipeline = Pipeline.model_validate_json(json.dumps(request["pipeline"]))
     with allowing(pipeline.model.allow_remote_code):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -64,9 +65,10 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Remember what was computed."""
+        """Remember what was computed; where nothing can be written, it is computed again the next time."""
         if self._changed:
-            write_json(self._file, self._known)
+            with suppress(OSError):
+                write_json(self._file, self._known)
 
 
 @cache

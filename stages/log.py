@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from specs.secrets import redact
 
 _channel: TextIO | None = None
+_sending = threading.Lock()
 _phase = ""
 _phase_began = 0.0
 
@@ -29,8 +31,12 @@ def open_channel(log_file: Path) -> None:
         _channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        _tell_lost(str(log_file), error)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
@@ -38,25 +44,41 @@ def open_channel(log_file: Path) -> None:
         sys.stdout, sys.stderr = _Redacted(sys.stdout), _Redacted(sys.stderr)
 
 
+def _tell_lost(log: str, error: OSError) -> None:
+    event("info", message=f"{log}: cannot be written ({error.strerror}); the work goes on, its log is not whole")
+
+
 class _Redacted(io.TextIOBase):
-    """A text stream without secrets: a line of a library, or a traceback, may hold the token that it was given."""
+    """A text stream without secrets: a line of a library, or a traceback, may hold the token that it was given.
+
+    It never fails: a log on a full disk must not end the work, nor hide why it ended.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._line = ""
+        self._lost = False
 
     def write(self, text: str) -> int:
         """Pass on what is whole: a secret may come in parts, and a line ends it."""
         lines, newline, self._line = (self._line + text).rpartition("\n")
         if newline:
-            self._stream.write(redact(lines, os.environ) + "\n")
+            self._pass_on(redact(lines, os.environ) + "\n")
         return len(text)
 
     def flush(self) -> None:
         """Pass on the line that was begun, too."""
-        self._stream.write(redact(self._line, os.environ))
-        self._line = ""
-        self._stream.flush()
+        line, self._line = self._line, ""
+        self._pass_on(redact(line, os.environ))
+
+    def _pass_on(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                _tell_lost("the log", error)
 
     def fileno(self) -> int:
         """The descriptor beneath: what writes there by itself, as a crash handler does, bypasses us."""
@@ -72,7 +94,7 @@ def event(kind: str, **fields: Any) -> None:
     """Tell the parent something; silently dropped where nobody listens (a library call, a dead parent)."""
     if _channel is None:
         return
-    with suppress(BrokenPipeError, ValueError):
+    with _sending, suppress(BrokenPipeError, ValueError):
         _channel.write(json.dumps(_without_secrets({"event": kind, "phase": _phase, **fields})) + "\n")
 
 
@@ -88,6 +110,11 @@ def info(message: str) -> None:
     """A line for people: in the log and on the terminal of whoever started the run."""
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - stderr is the log file
     event("info", message=message)
+
+
+def phase_at_work() -> str:
+    """The phase that began last; empty before the first."""
+    return _phase
 
 
 def so_far() -> dict[str, float]:

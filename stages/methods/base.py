@@ -84,6 +84,8 @@ class MethodSpec(Spec):
     """The widest precision in which the trained model can compute; 4-bit kernels end at float32."""
     merge_tolerance: ClassVar[float] = 1e-4
     """Largest difference in logits between the trained model and its merge."""
+    checkpoints_whole: ClassVar[bool] = False
+    """Whether a resumable checkpoint holds the whole model; if not, only the adapter."""
     kept_for_start: ClassVar[bool] = True
     """Whether the adapter that `keep` writes belongs on the start model, as others of the same start do."""
     config_changes: ClassVar[frozenset[str]] = frozenset()

@@ -22,6 +22,7 @@ class Bitfit(MethodSpec):
 
     config_changes: ClassVar[frozenset[str]] = frozenset(_SWITCHES)
     new_weights: ClassVar[tuple[str, ...]] = (".bias",)
+    checkpoints_whole = True
 
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Architectures that can have no biases."""

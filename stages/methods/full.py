@@ -14,6 +14,8 @@ class Full(MethodSpec):
 
     kind: Literal["full"]
 
+    checkpoints_whole = True
+
     def prepare(self, model: "PreTrainedModel", start: Start) -> Prepared:
         """All parameters, tied ones once."""
         names = frozenset(name for name, _ in model.named_parameters())

@@ -20,6 +20,8 @@ class RandomSubset(MethodSpec):
     percent: Annotated[float, Field(gt=0, le=100)] = 25.0
     """Share of the matrices of each module type that train, at least one; drawn by the stage's seed."""
 
+    checkpoints_whole = True
+
     def unsupported(self, config: dict[str, Any]) -> str | None:
         """Quantised weights cannot be trained."""
         if config.get("quantization_config"):

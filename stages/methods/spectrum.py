@@ -39,6 +39,7 @@ class Spectrum(MethodSpec):
     """A YAML file with a list ``unfrozen_parameters`` that decides alone what trains."""
 
     version = 2
+    checkpoints_whole = True
 
     @model_validator(mode="after")
     def _one_source(self) -> "Spectrum":

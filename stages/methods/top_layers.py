@@ -43,6 +43,8 @@ class TopLayers(MethodSpec):
     """Or: as many as keep weights, gradients and AdamW's state within this share of full fine-tuning's. Activations
     depend on the batch and are left out; they shrink with the number of trained layers."""
 
+    checkpoints_whole = True
+
     @model_validator(mode="after")
     def _one_measure(self) -> "TopLayers":
         budgets = [name for name in ("time_budget", "memory_budget") if getattr(self, name) is not None]
