@@ -25,6 +25,8 @@ BENEATH = "beneath"
 """The entry of a record that says which base an unmerged adapter belongs on; see `beneath`."""
 EVALUATION = "evaluation"
 VERDICT = "verdict.json"
+WORK, JOBS, LOCKS, SET_ASIDE = ".work", ".jobs", ".locks", ".set-aside"
+"""Beside the artifacts of a pipeline: what is being made, job files and logs, locks, what was damaged."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a plain checkpoint consists of."""
 _ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
@@ -187,6 +189,15 @@ def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[s
         artifact: the published folder.
         digest: how a file is hashed; a planner passes one that remembers unchanged files.
     """
+    return _damage_inside(artifact, digest) + damage_elsewhere(artifact, digest) + _damage_beneath(artifact, digest)
+
+
+def misshapen(artifact: Artifact) -> list[str]:
+    """The part of `damage` that shows without reading: files that are missing, of another size or too many."""
+    return _damage_inside(artifact, None)
+
+
+def _damage_inside(artifact: Artifact, digest: Callable[[Path], str] | None) -> list[str]:
     try:
         present, others = _contents(artifact.path)
     except OSError as error:
@@ -198,14 +209,14 @@ def damage(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[s
             found += [] if name in others else [f"{name} is missing"]
         elif size != expected["size"]:
             found.append(f"{name} has {size} bytes instead of {expected['size']}")
-        else:
+        elif digest is not None:
             found += _compared(artifact.path / name, expected["sha256"], name, digest)
     found += [
         f"{_shown(name)} does not belong there"
         for name in present
         if PurePosixPath(name).parts[0] not in _ADDED_LATER and not name.endswith(PARTIAL)
     ]
-    return found + damage_elsewhere(artifact, digest) + _damage_beneath(artifact, digest)
+    return found
 
 
 def damage_elsewhere(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:
@@ -317,9 +328,9 @@ def step_of(path: Path) -> str | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Move a folder out of the way, under ``.set-aside`` beside it, and return its new place."""
+    """Move a folder out of the way, under `SET_ASIDE` beside it, and return its new place."""
     number = 1
-    while (target := path.parent / ".set-aside" / f"{path.name}.{number}").exists():
+    while (target := path.parent / SET_ASIDE / f"{path.name}.{number}").exists():
         number += 1
     target.parent.mkdir(exist_ok=True)
     return Path(shutil.move(path, target))

@@ -37,7 +37,7 @@ class Evaluation:
 
 
 _KEPT = TypeAdapter(Evaluation)
-_LIMIT = 256 << 20
+LIMIT = 256 << 20
 """Bytes of an evaluation file: some million examples, each with its numbers."""
 
 
@@ -94,6 +94,6 @@ def save(evaluation: Evaluation, path: Path, identity: dict[str, Any]) -> None:
 def load(path: Path) -> Evaluation | None:
     """The evaluation kept at ``path``, or None where there is none that is whole."""
     try:
-        return _KEPT.validate_python(read_sealed(path, limit=_LIMIT))
+        return _KEPT.validate_python(read_sealed(path, limit=LIMIT))
     except (InvalidInput, ValidationError):
         return None

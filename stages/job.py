@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specs.base import Spec
+from stages.artifact import LOCKS
 from stages.pipeline import Pipeline
 
 STAGE = "stage"
@@ -50,7 +51,7 @@ class Job(Spec):
     @property
     def lock(self) -> Path:
         """The lock that admits one writer: of the folder that a step is made in, so that those who share it wait."""
-        return Path(self.target).parent / ".locks" / f"{Path(self.work).name}.lock"
+        return Path(self.target).parent / LOCKS / f"{Path(self.work).name}.lock"
 
 
 def write_job(job: Job, path: Path) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from stages.errors import TryAgain
 
@@ -23,18 +24,29 @@ def exclusive(path: Path, name: str | None = None) -> Iterator[None]:
         TryAgain: another process holds it; the message names its pid and host.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise TryAgain(
-                f"{name or path.stem} is being worked on by {_holder(file.read())}; wait for it, then run again"
-            ) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        yield
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise TryAgain(
+                    f"{name or path.stem} is being worked on by {_holder(file.read())}; wait for it, then run again"
+                ) from None
+            if not _is_at(file, path):
+                continue  # cleared away between opening and locking: whoever comes next would lock another file
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+            yield
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _holder(text: str) -> str:

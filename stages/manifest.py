@@ -54,9 +54,16 @@ class _Record(BaseModel):
     beneath: _Beneath | None = None
 
 
+class _Stage(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    train: dict[str, Any] = {}
+
+
 class _Inputs(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
+    stage: _Stage = _Stage()
     files: dict[str, Digest] = {}
 
 

@@ -8,7 +8,7 @@ from specs.base import fingerprint, identity_fields
 from specs.gate import PreferenceSpec
 from specs.pipeline import BASE, PREVIOUS
 from stages import checkpoint, evaluate
-from stages.artifact import EVALUATION, Artifact, damage, find, newest_of_stage, short
+from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short
 from stages.evaluate import Evaluation
 from stages.identity import (
     MEASURING_LIBRARIES,
@@ -174,7 +174,7 @@ class _Planner:
         else:
             reason = self._why(name, identity)
         place = target if artifact is None else artifact.path
-        work = self.store / ".work" / work_key(identity)
+        work = self.store / WORK / work_key(identity)
         if artifact is None and (step := checkpoint.newest_step(work / "checkpoints")):
             reason += f"; resumes at step {step}"
         measurements = () if name == RELEASE else self._measurements(name, place, key)
