@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from specs.explain import shown
 from specs.gate import LmEvalSpec
+from specs.load import SpecError
+from specs.load import read as read_document
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.template import bounded
@@ -19,7 +22,7 @@ SEEDS = (0, 1234, 1234, 1234)
 
 
 _INSTEAD = "say it with Jinja in doc_to_text, with the harness's own filters and metrics, or change the rows"
-_NO_TAGS = f"tags (`!function`) would run code, and a task of a spec may not: {_INSTEAD}"
+_NO_TAGS = f"a tag such as `!function` would run code, and a task of a spec may not: {_INSTEAD}"
 _KEYS = (
     "task",
     "task_alias",
@@ -74,27 +77,17 @@ def task_config(path: Path) -> dict[str, Any]:
     """A task YAML with its data files made absolute: the harness would look in the current directory.
 
     Raises:
-        InvalidInput: it cannot be read, or it would run code or read what it does not name as data.
+        InvalidInput: it cannot be read, or it would run code or read what it does not name as data; all that is wrong.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    yaml = YAML(typ="safe", pure=True)
     try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.load(text)
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
-    except MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f"{error.problem_mark.line + 1}:"
-        raise InvalidInput(f"{path}:{line} not a task YAML that can be used: {error.problem}; {_NO_TAGS}") from error
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path}: not a task YAML that can be used: {error}; {_NO_TAGS}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-        raise InvalidInput(f"{path}: a task YAML names its task (`task: NAME`)")
-    for key, reason in _unfit(config):
-        line = next(name.start_mark.line + 1 for name, _ in yaml.compose(text).value if name.value == key)
-        raise InvalidInput(f"{path}:{line}: {key}: {reason}")
+        document = read_document(path)
+    except SpecError as error:
+        tagged = "tag" in str(error)
+        raise InvalidInput(f"{error}{f'; {_NO_TAGS}' if tagged else ''}") from error
+    config = document.data
+    problems = [*document.refused, *(document.problem((key,), reason) for key, reason in _unfit(config))]
+    if problems:
+        raise InvalidInput("\n".join(map(str, problems)))
     kwargs = config["dataset_kwargs"]
     kwargs["data_files"] = {
         split: [str((path.parent / file).resolve()) for file in names]
@@ -105,31 +98,29 @@ def task_config(path: Path) -> dict[str, Any]:
 
 def _unfit(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The keys of a task that would run code or read elsewhere, and why each is refused."""
+    if not isinstance(config.get("task"), str):
+        yield "task", "a task YAML names its task (`task: NAME`)"
     for key in config:
         if key in _RUNS_CODE:
             yield key, f"{_RUNS_CODE[key]}, and a task of a spec may not; {_INSTEAD}"
         elif key not in _KEYS:
             yield key, f"no key of a task that a spec may name; allowed are {', '.join(_KEYS)}"
-    if (builder := config.get("dataset_path")) not in _BUILDERS:
-        allowed = ", ".join(_BUILDERS)
-        where = "dataset_path" if "dataset_path" in config else "task"
-        yield (
-            where,
-            f"the rows come by dataset_path {builder!r}, and a task of a spec reads local files: name one of "
-            f"{allowed}, and the files in dataset_kwargs.data_files",
-        )
-    kwargs = config.get("dataset_kwargs")
-    if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
-        where = "dataset_kwargs" if "dataset_kwargs" in config else "task"
-        yield where, "names no files; set dataset_kwargs: {data_files: {test: FILE}}"
-    elif strange := sorted(set(kwargs) - set(_READING)):
-        yield "dataset_kwargs", f"{strange[0]} is not allowed; allowed are {', '.join(_READING)}"
+    yield from _unfit_rows(config.get("dataset_path"), config.get("dataset_kwargs"))
     metrics = config.get("metric_list") or []
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         if not isinstance(metric, dict) or not re.fullmatch(r"\w+", str(metric.get("metric"))):
-            yield "metric_list", f"each metric is named by a word (`- metric: acc`); found {metric!r:.100}"
+            yield "metric_list", "each metric is named by a word: `- metric: acc`"
         elif metric.get("hf_evaluate"):
             yield "metric_list", f"hf_evaluate runs a script that is fetched; {_INSTEAD}"
+
+
+def _unfit_rows(builder: Any, kwargs: Any) -> Iterator[tuple[str, str]]:
+    if builder not in _BUILDERS:
+        yield "dataset_path", f"found {shown(builder)}; a task of a spec reads local files by {', '.join(_BUILDERS)}"
+    if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
+        yield "dataset_kwargs", "names no files; set dataset_kwargs: {data_files: {test: FILE}}"
+    elif strange := sorted(set(kwargs) - set(_READING)):
+        yield "dataset_kwargs", f"{strange[0]} is not allowed; allowed are {', '.join(_READING)}"
 
 
 def _by_split(files: Any, path: Path) -> dict[str, list[str]]:

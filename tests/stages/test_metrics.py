@@ -282,15 +282,6 @@ def test_relative_data_files_are_found_from_the_task(folder, monkeypatch, tmp_pa
     assert harness.task_files(folder / "tasks/qa.yaml") == [folder / "tasks/qa.yaml", folder / "tasks/qa.jsonl"]
 
 
-@pytest.mark.parametrize("line", ["doc_to_text: !function code.ask", "process_docs: !function code.docs"])
-def test_code_in_a_task_is_refused(line, model, tokenizer, folder, tmp_path):
-    text = (folder / "tasks/qa.yaml").read_text()
-    (tmp_path / "qa.yaml").write_text(f"{text.replace('doc_to_text:', 'description:')}{line}\n")
-    (tmp_path / "code.py").write_text("raise SystemExit('it was run')\n")
-    with pytest.raises(InvalidInput, match=r"qa\.yaml:\d+: .*!function.*would run code"):
-        harness.measure(task_spec(task="qa.yaml"), tmp_path, model, tokenizer, chat_template=False)
-
-
 def test_an_unknown_metric_lists_those_there_are(model, tokenizer, folder):
     with pytest.raises(InvalidInput, match=r"task tiny_qa has no metric 'f1'; it has: acc, acc_norm"):
         harness.measure(task_spec(metric="f1", limit=2), folder, model, tokenizer, chat_template=False)
