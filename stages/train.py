@@ -1,7 +1,7 @@
 """The trainer library's loop, and what must hold before, during and after it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,10 @@ _CURVE = ("step", "loss", "learning_rate", "grad_norm", "rewards/accuracies", "r
 _ROUTER = ("output_router_logits", "router_aux_loss_coef")
 FIRST_LOSS_TOLERANCE = 0.02
 """How far DPO's first loss may be from its value for equal models: autocast rounds log-probabilities."""
+
+
+class _Finished(Exception):
+    """All steps had been taken when the run before ended; transformers 5.23 would take one more, within an epoch."""
 
 
 def computes_in_bfloat16() -> bool:
@@ -102,7 +106,7 @@ def fit(
     set_seed(seed)  # what was drawn until here may depend on caches; what dropout draws must not
     if preemption is not None:
         preemption.training = True
-    with _checkpoints_by_name_in_memory(prepared.model):
+    with _checkpoints_by_name_in_memory(prepared.model), suppress(_Finished):
         trainer.train(resume_from_checkpoint=None if resume.step == 0 else str(resume.checkpoint))
     if preemption is not None:
         preemption.training = False
@@ -207,6 +211,8 @@ def _watcher(stage: ObjectiveSpec, folder: Path, preemption: Preemption | None) 
             event("progress", step=state.global_step, total=state.max_steps)
             if line := self.resume.line(state.max_steps):
                 info(line)
+            if state.global_step >= state.max_steps:
+                raise _Finished
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" not in logs:

@@ -70,26 +70,30 @@ def killed(arrange: Arrange, work: Callable[[], object]) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-def before(owner: Any, name: str, number: int = 1) -> Arrange:
-    """Stop at the ``number``-th call of a function, before it does anything."""
-    return _at(owner, name, number, after=False)
+Matches = Callable[..., bool]
 
 
-def after(owner: Any, name: str, number: int = 1) -> Arrange:
-    """Stop when the ``number``-th call of a function has done its work."""
-    return _at(owner, name, number, after=True)
+def before(owner: Any, name: str, number: int = 1, *, where: Matches = lambda *_, **__: True) -> Arrange:
+    """Stop at the ``number``-th call of a function, before it does anything; ``where`` says which calls count."""
+    return _at(owner, name, number, where, after=False)
 
 
-def _at(owner: Any, name: str, number: int, *, after: bool) -> Arrange:
+def after(owner: Any, name: str, number: int = 1, *, where: Matches = lambda *_, **__: True) -> Arrange:
+    """Stop when the ``number``-th call of a function has done its work; ``where`` says which calls count."""
+    return _at(owner, name, number, where, after=True)
+
+
+def _at(owner: Any, name: str, number: int, where: Matches, *, after: bool) -> Arrange:
     def arrange(here: Here) -> None:
         real, calls = getattr(owner, name), []
 
         def stop(*arguments: Any, **named: Any) -> Any:
-            calls.append(name)
-            if len(calls) == number and not after:
+            counts = where(*arguments, **named)
+            calls.extend([name] * counts)
+            if counts and len(calls) == number and not after:
                 here()
             result = real(*arguments, **named)
-            if len(calls) == number:
+            if counts and len(calls) == number:
                 here()
             return result
 

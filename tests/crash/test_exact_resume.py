@@ -11,6 +11,7 @@ from crashing import before, disturb, killed, result, stage_job
 from tiny import write_data, write_model
 from transformers import Trainer
 
+from stages import make
 from stages.artifact import set_aside
 from stages.run import run_job
 
@@ -41,10 +42,11 @@ SETTINGS = {
 }
 CASES = [(objective, method, "weight_decay: 0.1") for objective in OBJECTIVES for method in METHODS]
 CASES = [case for case in CASES if case[0] != "cpt wrapped" or case[1] in {"full", "lora"}] + list(SETTINGS.values())
+AFTER_THE_LAST_STEP = [(*case, "max_grad_norm: 0.5") for case in (("cpt", "svf"), ("ift", "qlora"), ("dpo", "full"))]
 
 
 def kill_at(number: int) -> int:
-    """The micro-batch before which the case of this number is killed: over all cases every one of a run, each phase."""
+    """The micro-batch before which the case of this number is killed: over all cases, every one of a run."""
     return number * 3 % (STEPS * ACCUMULATION) + 1
 
 
@@ -68,7 +70,7 @@ def job_of(case: tuple[str, str, str], folder: Path):
 kind: {objective.split()[0]}
 method: {{{METHODS[method]}}}
 data: [{{path: {data}}}]
-train: {{{COMMON}, {train}, {setting}}}
+train: {{{COMMON}, schedule: constant, {train}, {setting}}}
 """,
     )
 
@@ -93,6 +95,21 @@ def test_killed_at_any_step_and_run_again_it_ends_with_the_same_bits(number, cas
     assert found.curve == wanted.curve
     assert found.weights == wanted.weights
     assert found.record == wanted.record | {"resumed_at": kept}
+    set_aside(Path(job.target))
+
+
+@pytest.mark.parametrize("case", AFTER_THE_LAST_STEP, ids=" ".join)
+def test_killed_after_its_last_step_no_step_is_taken_again(case, folder, monkeypatch):
+    job = job_of(case, folder)
+    run_job(job)
+    wanted = result(job)
+    set_aside(Path(job.target))
+    killed(before(make, "hand_over"), lambda: run_job(job))
+    taken = []
+    monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: taken.append(1))
+    run_job(job)
+    assert taken == []
+    assert result(job).weights == wanted.weights
     set_aside(Path(job.target))
 
 
