@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from stages.documents import PARTIAL, sync, write_json
@@ -29,7 +29,6 @@ WORK, JOBS, LOCKS, SET_ASIDE = ".work", ".jobs", ".locks", ".set-aside"
 """Beside the artifacts of a pipeline: what is being made, job files and logs, locks, what was damaged."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a plain checkpoint consists of."""
-_ADDED_LATER = (MANIFEST, VERDICT, EVALUATION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ def _damage_inside(artifact: Artifact, digest: Callable[[Path], str] | None) -> 
         present, others = _contents(artifact.path)
     except OSError as error:
         return [f"cannot be read ({error.strerror})"]
-    found = [f"{_shown(name)} is a link or a device" for name in others]
+    found = [f"{_shown(name)} is a link or a device" for name in others if not _may_be_added(name)]
     for name, expected in artifact.manifest["files"].items():
         size = present.pop(name, None)
         if size is None:
@@ -214,9 +213,14 @@ def _damage_inside(artifact: Artifact, digest: Callable[[Path], str] | None) -> 
     found += [
         f"{_shown(name)} does not belong there"
         for name in present
-        if PurePosixPath(name).parts[0] not in _ADDED_LATER and not name.endswith(PARTIAL)
+        if name != MANIFEST and not _may_be_added(name) and not name.endswith(PARTIAL)
     ]
     return found
+
+
+def _may_be_added(name: str) -> bool:
+    """Whether a file may come after the manifest; it is sealed by itself, and made anew where it is not sound."""
+    return name == VERDICT or name.startswith(f"{EVALUATION}/")
 
 
 def damage_elsewhere(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:

@@ -116,12 +116,12 @@ def _remove(path: Path) -> None:
     """Rename a folder away before its files go: what a crash leaves of it must not look whole."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-        return
-    if path.parent.name != SET_ASIDE:
-        before, path = path.parent, set_aside(path)
-        sync(before)
-    shutil.rmtree(path)
-    if not any(path.parent.iterdir()):
+    else:
+        if path.parent.name != SET_ASIDE:
+            before, path = path.parent, set_aside(path)
+            sync(before)
+        shutil.rmtree(path)
+    if path.parent.name == SET_ASIDE and not any(path.parent.iterdir()):
         path.parent.rmdir()
 
 
