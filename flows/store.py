@@ -7,6 +7,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.terminal import err, out
+from stages.artifact import JOBS, LOCKS
 from stages.errors import StageFailed
 from stages.garbage import Garbage, Item, find_garbage, remove
 from stages.store import size_of
@@ -52,7 +53,7 @@ def print_garbage(root: Path, *, yes: bool) -> None:
     if not garbage.items:
         _line("nothing to remove")
     elif not yes:
-        _line(f"{_total(garbage.items, sizes)} can go; nothing was removed: `trivium gc {root} --yes` does it")
+        _line(f"{_total(garbage.items, sizes)} can go; nothing was removed: `trivium gc {root} --yes` removes it")
     else:
         gone, stayed = remove(root, garbage.items)
         _line(f"removed {_total(gone, sizes)}")
@@ -72,15 +73,22 @@ def _print_finding(finding: Finding, root: Path) -> None:
 
 
 def _print_garbage(garbage: Garbage, sizes: dict[Path, int], root: Path) -> None:
+    small: dict[tuple[Path, str], list[Path]] = {}
     for item in garbage.items:
-        _line(f"{decimal(sizes[item.path]):>9}  {_below(item.path, root)}: {item.why}")
+        if item.path.parent.name in {JOBS, LOCKS}:
+            small.setdefault((item.path.parent, item.why), []).append(item.path)
+        else:
+            _line(f"{decimal(sizes[item.path]):>9}  {_below(item.path, root)}: {item.why}")
+    for (folder, why), files in small.items():
+        size = decimal(sum(sizes[file] for file in files))
+        _line(f"{size:>9}  {_below(folder, root)}: {_number(len(files), 'file')}: {why}")
     for line in garbage.left:
         _line(f"     left  {line}")
 
 
 def _total(items: Iterable[Item], sizes: dict[Path, int]) -> str:
     paths = [item.path for item in items]
-    return f"{_number(len(paths), 'item')}, {decimal(sum(sizes[path] for path in paths))},"
+    return f"{_number(len(paths), 'item')}, {decimal(sum(sizes[path] for path in paths))}"
 
 
 def _counted(report: Report) -> str:
