@@ -49,8 +49,8 @@ def check_model(model: ModelSpec, folder: Path, found: Found) -> Layout | None:
         problem = irregular(folder / template) or astray(template, [folder / template], folder)
         if problem:
             found.append((("model", "chat_template"), problem))
-    said = {message for _, message in found}
-    found += [problem for problem in model_problems(model, folder) if problem[1] not in said]
+    if len(found) == before:  # what lies elsewhere, or is no file, is not opened
+        found += model_problems(model, folder)
     return layouts[0] if layouts else None
 
 

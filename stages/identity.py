@@ -20,6 +20,7 @@ from stages.errors import InvalidInput
 from stages.job import Job
 from stages.metrics.harness import is_task_file, task_files
 from stages.objective import ObjectiveSpec
+from stages.paths import irregular
 from stages.pickles import refuse_pickled_weights
 from stages.pipeline import Pipeline
 
@@ -91,8 +92,8 @@ def base_files(spec: ModelSpec, folder: Path) -> list[Path]:
     """
     if spec.gguf is not None:
         file = folder / spec.gguf
-        if not file.is_file():
-            raise InvalidInput(f"model.gguf: {file}: no such file")
+        if problem := irregular(file):
+            raise InvalidInput(f"model.gguf: {problem}")
         return [file]
     if spec.path is None:
         return []

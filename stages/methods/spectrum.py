@@ -15,6 +15,7 @@ from stages.errors import InvalidInput
 from stages.layout import Key, Layout, Matrix, read_layout
 from stages.methods.base import MethodSpec, Prepared, Start
 from stages.methods.parts import embeddings, model_matrices, train_matrices, whole_again
+from stages.paths import irregular
 
 if TYPE_CHECKING:
     import torch
@@ -90,14 +91,11 @@ class Spectrum(MethodSpec):
 
     def _file_problem(self, field: str, name: str, folder: Path, layout: Layout | None) -> str | None:
         """Why a file cannot take the place of a scan; without a layout only its own form is looked at."""
-        try:
-            if not name:
-                return "names no file; remove it, or give the path of one"
-            file = folder / name
-            if not file.is_file():
-                return f"{file}: {'a folder; name the file in it' if file.is_dir() else 'no such file'}"
-        except OSError as error:
-            return f"{name[:60]}: cannot be a file: {error.strerror}"
+        if not name:
+            return "names no file; remove it, or give the path of one"
+        file = folder / name
+        if problem := irregular(file):
+            return problem
         from stages.methods.spectrum_files import listed_in, scores_of, stored_weights
         from stages.scan.files import read_patterns, read_scores
 

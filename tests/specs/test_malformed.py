@@ -376,3 +376,11 @@ def test_a_path_leaks_no_descriptor(refused: Refused, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", Path("/dev/null")):
         refused(path)
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_relative_paths_start_where_a_link_to_the_spec_is(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/spec.yaml").write_text(tiny.SPEC)
+    link = tmp_path / "spec.yaml"
+    link.symlink_to("real/spec.yaml")
+    assert refused(link)[0] == f"2:1: model: model.path: {tmp_path}/base: no such folder"

@@ -105,7 +105,7 @@ def test_lists_that_do_not_fit_the_base(project, case):
     ("value", "message"),
     [
         ("gone", "gone: no such file"),
-        ("base", "base: a folder; name the file in it"),
+        ("base", "base: not a regular file, but a folder; name the file in it"),
         ("''", "names no file; remove it, or give the path of one"),
         ("a" * 300, f"{'a' * 60}: cannot be a file: File name too long"),
     ],
