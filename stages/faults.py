@@ -20,8 +20,11 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORN = re.compile(r"PytorchStreamWriter|inline_container\.cc.*unexpected pos", re.DOTALL)
 """What torch.save says when a write fails; it drops the reason."""
 _MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|could not create a primitive",
+    re.IGNORECASE,
 )
+"""The last one is oneDNN's on a CPU: a kernel for this shape finds no room for itself."""
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 _LONGEST = 2000
 

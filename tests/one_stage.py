@@ -1,5 +1,6 @@
 """A chain of one stage on a tiny model: what the crash tests break."""
 
+import json
 import os
 import select
 import signal
@@ -7,10 +8,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.job import Job
+from stages import run
+from stages.errors import StageFailed
+from stages.job import Job, write_job
 from stages.pipeline import load_pipeline
 from stages.plan import make_plan
-from stages.run import run_job
 
 CPT = "kind: cpt\ndata: [{path: data/corpus.jsonl}]"
 IFT = "kind: ift\ndata: [{path: data/instructions.jsonl}]"
@@ -34,37 +36,54 @@ def only_job(spec: Path, root: Path) -> Job:
     pipeline, _ = load_pipeline(spec)
     plan = make_plan(pipeline, spec.parent.resolve(), root, until="only")
     if plan.steps[0].artifact is None:
-        run_job(plan.job(plan.steps[0]))
+        run.run_job(plan.job(plan.steps[0]))
         plan = make_plan(pipeline, spec.parent.resolve(), root, until="only")
     return plan.job(plan.steps[1])
 
 
-def in_a_fork(body: Callable[[], object], seconds: float = 60) -> str:
-    """What ``body`` returns or raises in a forked child, as text; limits that it sets end with the child."""
+def in_a_fork(job: Job, harm: Callable[[], object], seconds: float = 60) -> tuple[int, list[dict]]:
+    """The exit code and the events of a step's process, forked, in which ``harm`` is done first.
+
+    Limits that it sets, and what it patches, end with the child.
+    """
+    file = Path(job.work).with_suffix(".json")
+    write_job(job, file)
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(ours)
+        code = 99
         try:
+            os.close(ours)
+            os.dup2(theirs, 1)
             # A fork has none of its parent's threads, and loading in several would ask torch for them.
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-            said = str(body())
-        except BaseException as error:
+            harm()
+            code = run.main([str(file)])
+        except BaseException:
             traceback.print_exc()
-            said = f"{type(error).__name__}: {error}"
-        with os.fdopen(theirs, "w") as pipe:
-            pipe.write(said)
-        os._exit(0)
+        finally:
+            os._exit(code)
     os.close(theirs)
     said = b""
     try:
         while select.select([ours], [], [], seconds)[0]:
             part = os.read(ours, 1 << 16)
             if not part:
-                return said.decode()
+                break
             said += part
-        raise AssertionError(f"the child said nothing for {seconds:.0f} s")
+        else:
+            raise AssertionError(f"the child said nothing for {seconds:.0f} s, after {said[-500:]!r}")
     finally:
         os.close(ours)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL if not said.endswith(b"\n") else 0)
+        _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), [json.loads(line) for line in said.splitlines()]
+
+
+def reason(job: Job, harm: Callable[[], object]) -> str:
+    """Why a step's process failed in which ``harm`` was done first; it must end with 4, and say so."""
+    code, events = in_a_fork(job, harm)
+    assert code == StageFailed.exit_code, events
+    assert events[-1]["event"] == "failed", events
+    assert events[-1]["exit_code"] == code
+    return str(events[-1]["reason"])
