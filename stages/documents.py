@@ -74,8 +74,10 @@ def read_sealed(file: Path, *, limit: int = LIMIT) -> Any:
     """What `write_sealed` wrote.
 
     Raises:
-        InvalidInput: the file cannot be read, or is not as it was written.
+        InvalidInput: the file cannot be read, is a link, or is not as it was written.
     """
+    if file.is_symlink():
+        raise InvalidInput(f"{file}: a link, which we never write; remove it")
     document = read_json(file, limit=limit, strict=True)
     try:
         if document["sha256"] == fingerprint(document["body"]):

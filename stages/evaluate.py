@@ -93,8 +93,6 @@ def save(evaluation: Evaluation, path: Path, identity: dict[str, Any]) -> None:
 
 def load(path: Path) -> Evaluation | None:
     """The evaluation kept at ``path``, or None where there is none that is whole."""
-    if path.is_symlink():
-        return None
     try:
         return _KEPT.validate_python(read_sealed(path, limit=LIMIT))
     except (InvalidInput, ValidationError):

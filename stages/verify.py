@@ -122,7 +122,6 @@ def _verify_added(folder: Path, report: Report) -> None:
     if file.exists() or file.is_symlink():
         report.verdicts += 1
         try:
-            _plain(file)
             read_sealed(file)
         except InvalidInput:
             do = "`trivium run` judges anew from the measurements; where no spec does any more, remove it"
@@ -132,7 +131,6 @@ def _verify_added(folder: Path, report: Report) -> None:
 def _wrong_evaluation(file: Path) -> str:
     """What is wrong with an evaluation file; empty where it is sound and of the metric that its name says."""
     try:
-        _plain(file)
         body = read_sealed(file, limit=evaluate.LIMIT)
         if evaluate.load(file) is None:
             return "not an evaluation"
@@ -140,11 +138,6 @@ def _wrong_evaluation(file: Path) -> str:
     except InvalidInput:
         return "not as it was written"
     return "" if file.stem.endswith(f"-{own}") else "it is called as another measurement"
-
-
-def _plain(file: Path) -> None:
-    if file.is_symlink() or not file.is_file():
-        raise InvalidInput(f"{file}: not a regular file")
 
 
 def _sealed_checkpoints(store: Path) -> list[Path]:
