@@ -45,6 +45,10 @@ class DataSpec(Spec):
             raise ValueError("a source is either path or hub")
         if self.hub is not None and (self.revision is None or self.files is None):
             raise ValueError("a hub source needs its revision (the commit, 40 hex digits) and files (a glob)")
+        if self.files is not None and (self.files.startswith("/") or ".." in self.files.split("/")):
+            raise ValueError(
+                f"files {self.files[:60]!r} leads out of the dataset; write a glob within it, data/*.parquet"
+            )
         if self.path is not None and (self.revision is not None or self.files is not None):
             raise ValueError("revision and files go with hub, not with path")
         if self.path is not None and not self.path.endswith(FORMATS):

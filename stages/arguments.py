@@ -17,11 +17,20 @@ _REFUSED = {
     "loss_weights": "a stage has one loss: train.loss",
     "load_best_model_at_end": "there is no evaluation inside a stage; gates judge its end",
     "eval_strategy": "there is no evaluation inside a stage; metrics are measured at its end",
-    "push_to_hub": "a trainer's checkpoints are not for publishing; publish the released model",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "a trainer's checkpoints are not for publishing; publish the released model",
+    ),
+    "hub_token": "a spec holds no secrets; export HF_TOKEN",
+    "enable_jit_checkpoint": "it may save in the middle of a step; a stage that is told to stop saves at a step's end",
+    "resume_from_checkpoint": "a stage resumes from its own sealed checkpoints, without being asked",
+    "chat_template_path": "use model.chat_template",
     "trust_remote_code": "code that comes with a model is never run",
     "model_init_kwargs": "the stage loads its own start model",
 }
 """Arguments that would be ignored, or would break what a stage promises; each with what to do instead."""
+_SETTINGS = ("deepspeed", "fsdp_config", "accelerator_config", "liger_kernel_config")
+"""Arguments that hold settings or name a file of them."""
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -123,11 +132,14 @@ def extra_problems(stage: ObjectiveSpec) -> list[tuple[str, str]]:
         )
     )
     problems = []
-    for key in stage.train.extra:
+    for key, value in stage.train.extra.items():
         if key in ours:
             problems.append((key, f"{key!r} is decided by the fields of train; remove it here"))
         elif key in _REFUSED:
             problems.append((key, f"{key!r} is not taken: {_REFUSED[key]}"))
+        elif key in _SETTINGS and isinstance(value, str):
+            reason = "a file's content would be no part of the stage's identity; write the settings out as a mapping"
+            problems.append((key, f"{key!r} names a file: {reason}"))
         elif key not in known:
             from difflib import get_close_matches
 

@@ -21,7 +21,8 @@ def irregular(path: Path) -> str | None:
     except FileNotFoundError:
         return f"{path}: no such file"
     except (OSError, ValueError) as error:
-        return f"{path.name[:60]}: cannot be a file: {getattr(error, 'strerror', None) or error}"
+        name = str(path) if len(str(path)) <= 200 else path.name[:60]
+        return f"{name}: cannot be a file: {getattr(error, 'strerror', None) or error}"
     if kind != stat.S_IFREG:
         return f"{path}: not a regular file, but {_KINDS.get(kind, 'something else')}"
     if not os.access(path, os.R_OK):

@@ -266,13 +266,31 @@ def test_an_unknown_extra_argument_is_refused_with_its_neighbours(stages: dict[s
     assert problem[1].startswith("the trainer (DPOConfig) has no argument 'packing'")
 
 
-@pytest.mark.parametrize("key", ["gradient_checkpointing", "save_total_limit", "save_only_model", "fp16"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("gradient_checkpointing", "save_total_limit", "save_only_model", "fp16", "chat_template_path", "hub_token"),
+        *("push_to_hub", "hub_model_id", "enable_jit_checkpoint", "resume_from_checkpoint", "trust_remote_code"),
+    ],
+)
 def test_an_argument_that_would_be_ignored_or_break_a_promise_is_refused(stages: dict[str, Any], key: str) -> None:
     stage = stages["dpo"]
     extra = stage.model_copy(update={"train": stage.train.model_copy(update={"extra": {key: True}})})
     [(found, message)] = extra_problems(extra)
     assert found == key
     assert message.startswith(f"{key!r} is not taken: ")
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config", "accelerator_config", "liger_kernel_config"])
+def test_settings_are_written_out_and_not_read_from_a_file(stages: dict[str, ObjectiveSpec], key: str) -> None:
+    assert extra_problems(changed(stages["ift"], extra={key: {"a": 1}})) == []
+    assert extra_problems(changed(stages["ift"], extra={key: "../settings.json"})) == [
+        (
+            key,
+            f"{key!r} names a file: a file's content would be no part of the stage's identity; write the settings out "
+            "as a mapping",
+        )
+    ]
 
 
 def test_the_reference_of_dpo_is_ours_to_decide(stages: dict[str, Any]) -> None:
