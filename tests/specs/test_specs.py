@@ -501,7 +501,7 @@ def test_the_full_spec_holds_every_kind_of_spec(tmp_path: Path) -> None:
         cls
         for cls in specs_of(Spec)
         if not cls.__subclasses__()
-        and (cls.__module__.startswith("specs.") or issubclass(cls, ObjectiveSpec | MethodSpec))
+        and (cls.__module__.startswith("specs.") or issubclass(cls, Pipeline | ObjectiveSpec | MethodSpec))
     }
     assert seen | set(KINDS.values()) == leaves
 
