@@ -27,14 +27,19 @@ app = App(
 
 DEFAULT_SPEC = "spec.yaml"
 """The spec of a project folder."""
+ARTIFACTS = "artifacts"
+"""The folder of the artifacts, beside the spec."""
 
 SpecFile = Annotated[Path, Parameter(help="The spec file.")]
 Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
 
+Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project folder, or a spec.")]
+
 
 def root_of(spec: Path, root: Path | None) -> Path:
     """Where the artifacts of a spec are."""
-    return (spec.parent / "artifacts" if root is None else root).resolve()
+    # Not resolve(): it raises for a link that leads to itself, and the spec's own reader says so better.
+    return Path(os.path.realpath(spec.parent / ARTIFACTS if root is None else root))
 
 
 @app.command
@@ -68,27 +73,30 @@ def plan(spec: SpecFile, *, root: Root = None) -> None:
     """Say which steps would run, and why; which are kept; how many parameters each stage trains."""
     from flows.engine import Run
 
-    _explain(Run(spec, root_of(spec, root)), count=True)
+    _explain(Run(spec, root_of(spec, root)))
 
 
-def _explain(asked: "Run", *, count: bool, forced: bool = False) -> "Plan":
+def _explain(asked: "Run", *, starting: bool = False) -> "Plan":
     """Check a spec, print its plan and what is advised against, and return the plan.
 
     Args:
         asked: what is to be planned.
-        count: count trainable parameters that are not known yet, in a process of its own that takes some seconds.
-        forced: plan with ``--from``.
+        starting: the plan is about to be run: with ``--from``, without the seconds that it takes to count trainable
+            parameters that are not known yet, and only if the disk has room for it.
     """
     from flows.terminal import print_plan
     from stages.advice import warnings
     from stages.check import check_counts, read_spec
     from stages.count import base_folder, stage_counts, stage_lines
+    from stages.disk import estimate, refuse_if_full
 
     pipeline, document = read_spec(asked.spec)
-    found = asked.plan(forced=forced)
-    counts = stage_counts(found, compute=count)
+    found = asked.plan(forced=starting)
+    counts = stage_counts(found, compute=not starting)
     check_counts(found, counts, document)
-    print_plan(found, stage_lines(found, counts))
+    print_plan(found, stage_lines(found, counts), estimate(found, counts))
+    if starting:
+        refuse_if_full(found, counts)
     _advise(warnings(pipeline, document, base_folder(found)))
     return found
 
@@ -118,14 +126,15 @@ def run(
         until_stage: Leave out the stages after this one, and the release.
         prefect: Show the run in Prefect; without it the same work is done and nothing is recorded there.
     """
-    from flows.engine import Plain, Run, run_chain
+    from flows.engine import Plain, Run, is_done, remember_plan, run_chain
     from flows.summary import summarise
     from flows.terminal import Watcher, print_summary
 
-    asked = Run(spec.resolve(), root_of(spec, root), from_stage, until_stage)
-    plan = _explain(asked, count=False, forced=True)
+    asked = Run(spec.absolute(), root_of(spec, root), from_stage, until_stage)
+    plan = _explain(asked, starting=True)
     try:
-        if not plan.pending and all(verdict.passed for _, verdict in summarise(plan).verdicts):
+        if is_done(plan):
+            remember_plan(asked, plan)
             print("Nothing changed: every step is published and every gate passes.")  # noqa: T201
         else:
             with Watcher() as listen:
@@ -156,7 +165,7 @@ def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
     try:
         if plan.pending:
             # The first step imports while Prefect does, and while its server starts.
-            process.warm(plan.job(plan.pending[0]).kind)
+            process.warm(plan.job(plan.pending[0]).kind, offline=plan.pipeline.is_offline)
         use_project_server(asked.root)
         from flows.pipeline import run_with_prefect
 
@@ -175,6 +184,35 @@ def show(spec: SpecFile, *, root: Root = None) -> None:
     summary = summarise(Run(spec, root_of(spec, root)).plan())
     print_summary(summary)
     print(f"model:  {_described(summary.release) if summary.release else 'not released yet'}")  # noqa: T201
+
+
+@app.command
+def verify(place: Place = Path(ARTIFACTS)) -> None:
+    """Re-hash everything that is published; say what is damaged, what depends on it and what to do.
+
+    Also measurements, verdicts, sealed checkpoints and the folders of bases. Ends with 4 if anything is damaged.
+    """
+    from flows.store import print_verified
+    from stages.store import root_at
+
+    print_verified(root_at(place, ARTIFACTS))
+
+
+@app.command
+def gc(place: Place = Path(ARTIFACTS), *, yes: bool = False) -> None:
+    """Say what nothing refers to any more, and how much it is; remove it only with --yes.
+
+    Kept: what the last run of each spec names, the newest artifact of each stage, the release, all that these were
+    made from, and what a process works on.
+
+    Args:
+        place: The folder of the artifacts, a project folder, or a spec.
+        yes: Remove what is listed.
+    """
+    from flows.store import print_garbage
+    from stages.store import root_at
+
+    print_garbage(root_at(place, ARTIFACTS), yes=yes)
 
 
 @app.command
@@ -224,6 +262,7 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     from stages.artifact import MANIFEST
     from stages.chat import converse
     from stages.log import quiet
+    from stages.remote_code import allowing
 
     if (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
         with quiet():
@@ -232,10 +271,11 @@ def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_toke
     spec = folder / DEFAULT_SPEC if folder.is_dir() else folder
     if not spec.is_file():
         raise InvalidInput(f"{folder}: neither a model nor a project: no config.json, no {DEFAULT_SPEC}")
-    last = Run(spec, root_of(spec, root)).plan().steps[-1]
+    plan = Run(spec, root_of(spec, root)).plan()
+    last = plan.steps[-1]
     if last.artifact is None:
         raise InvalidInput(f"{spec}: no model is released yet; `trivium run {spec}` makes one")
-    with quiet():
+    with quiet(), allowing(plan.pipeline.model.allow_remote_code):
         converse(last.artifact.loadable, prompt, max_tokens)
 
 
@@ -302,7 +342,7 @@ def ui(
     from flows.server import serve_ui
 
     folder = project if project.is_dir() else project.parent
-    serve_ui((folder / "artifacts" if root is None else root).resolve(), port=port, open_browser=open_browser)
+    serve_ui((folder / ARTIFACTS if root is None else root).resolve(), port=port, open_browser=open_browser)
 
 
 def main() -> None:
@@ -325,17 +365,24 @@ def _run(arguments: list[str]) -> int:
     except CycloptsError:
         return InvalidInput.exit_code  # cyclopts has said what is wrong
     except SpecError as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        return InvalidInput.exit_code
-    except TriviumError as error:
-        print(f"trivium: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+        return _told(str(error), InvalidInput.exit_code)
     except KeyboardInterrupt:
-        print("trivium: stopped; run again to go on", file=sys.stderr)  # noqa: T201
-        return TryAgain.exit_code
+        return _told("trivium: stopped; run again to go on", TryAgain.exit_code)
     except BrokenPipeError:
         return 0
+    except (TriviumError, OSError) as error:
+        from stages.faults import explain
+
+        reason = explain(error)
+        return _told(f"trivium: {reason}", reason.exit_code)
     return 0
+
+
+def _told(line: str, exit_code: int) -> int:
+    from specs.secrets import redact
+
+    print(redact(line, os.environ), file=sys.stderr)  # noqa: T201
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """The chain: a loop over the plan. Knows nothing of Prefect, which hooks in through `Hooks`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from flows import process
-from stages.artifact import MODEL, VERDICT, read, set_aside, write_json
+from stages.artifact import JOBS, MODEL, VERDICT, read, set_aside
 from stages.check import check_base, check_inputs
+from stages.documents import read_sealed, write_sealed
 from stages.errors import GateRefused, InvalidInput
+from stages.faults import explain
 from stages.gate import Verdict, judge
-from stages.job import write_job
+from stages.job import Job, write_job
+from stages.lock import exclusive
 from stages.measure import Measure
 from stages.pipeline import load_pipeline
 from stages.plan import Plan, Step, make_plan
+from stages.store import remember
 
 PHASES = {
     "base": ("load", "evaluate"),
@@ -125,7 +129,15 @@ def run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     Raises:
         TriviumError: the reason why it ended early; what was published stays.
     """
+    try:
+        return _run_chain(run, hooks)
+    except OSError as error:  # a full or read-only disk: in this process as bad as in a stage's
+        raise explain(error) from error
+
+
+def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     plan = run.plan(forced=True)
+    remember_plan(run, plan)
     if plan.pending:
         check_inputs(plan.pipeline, plan.folder)
     for step in plan.steps:
@@ -174,20 +186,35 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     job = plan.job(step)
-    file = plan.store / ".jobs" / f"{step.name}-{step.key[:16]}.json"
+    # The step's process takes the job's lock. This one is for what is written before: a second run of the same step
+    # must leave the job file and the log of the first alone.
+    name = Path(job.target).name
+    with exclusive(job.lock.with_suffix(".run"), name):
+        with exclusive(job.lock, name):
+            pass  # nobody does the step by hand, and no process of a killed run is still saving its checkpoint
+        _work_alone(plan, step, job, hooks)
+
+
+def _work_alone(plan: Plan, step: Step, job: Job, hooks: Hooks) -> None:
+    file = plan.store / JOBS / f"{step.name}-{step.key[:16]}.json"
     write_job(job, file)
     phases = [name for name in PHASES[job.kind] if name != "evaluate" or job.measurements]
     if not job.make:
         phases = ["evaluate"]
-    child = process.start(job.kind, file)
-    events = child.events(hooks.cancelled)
+    offline = plan.pipeline.is_offline
     following = next((later for later in plan.steps[step.order + 1 :] if later in plan.pending), None)
 
-    def until_done(phase: str) -> None:
+    def say(line: str) -> None:
+        hooks.event(step, {"event": "info", "message": line})
+
+    child = process.start(job.kind, file, step.name, offline=offline)
+    events = child.events(hooks.cancelled, say)
+
+    def until_done(phase: str | None) -> None:
         for event in events:
             hooks.event(step, event)
             if event["event"] == "phase_started" and event["phase"] in _WARM_FROM and following is not None:
-                process.warm(plan.job(following).kind)
+                process.warm(plan.job(following).kind, offline=offline)
             if event["event"] == "phase_done" and event["phase"] == phase:
                 return
         # It ended well without this phase: another run has published the step meanwhile.
@@ -195,11 +222,9 @@ def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     try:
         for phase in phases:
             hooks.phase(step, phase, lambda phase=phase: until_done(phase))  # type: ignore[misc]
-        for event in events:
-            hooks.event(step, event)
-    except BaseException:
-        child.stop()
-        raise
+        until_done(None)
+    finally:
+        child.stop(say)
 
 
 def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
@@ -213,10 +238,32 @@ def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
     return judge(() if step.stage is None else step.stage.gates, measured)
 
 
+def is_done(plan: Plan) -> bool:
+    """Whether nothing is left to do: all is published and measured, each gate passes, and the kept verdict says so."""
+    return not plan.pending and all(_is_judged(step, verdicts_of(plan, step)) for step in plan.steps)
+
+
+def _is_judged(step: Step, verdicts: list[Verdict]) -> bool:
+    if not verdicts:
+        return True
+    try:
+        return all(one.passed for one in verdicts) and read_sealed(step.place / VERDICT) == _record(verdicts)
+    except InvalidInput:
+        return False
+
+
+def remember_plan(run: Run, plan: Plan) -> None:
+    """Keep which steps the whole spec names, so that `trivium gc` leaves them alone."""
+    whole = plan if run.until_stage is None else replace(run, from_stage=None, until_stage=None).plan()
+    remember(whole, run.spec)
+
+
+def _record(verdicts: list[Verdict]) -> dict[str, Any]:
+    return {"gates": [one.as_record() for one in verdicts], "passed": all(one.passed for one in verdicts)}
+
+
 def _judge(plan: Plan, step: Step) -> list[Verdict]:
     """Judge a step and keep the verdict beside its artifact."""
     verdicts = verdicts_of(plan, step)
-    record: dict[str, Any] = {"gates": [verdict.as_record() for verdict in verdicts]}
-    record["passed"] = all(verdict.passed for verdict in verdicts)
-    write_json(step.place / VERDICT, record)
+    write_sealed(step.place / VERDICT, _record(verdicts))
     return verdicts

@@ -4,6 +4,7 @@
     ├── InvalidInput          2   a spec, a model or data that cannot be used; nothing was trained
     ├── GateRefused           3   a gate did not pass, and the spec says stop
     ├── StageFailed           4   a stage broke; what was finished before is kept
+    │   └── StageSilent            its process hung, and was ended
     └── TryAgain              75  another run holds the lock, or the process was told to stop
 
 `specs.load.SpecError`, raised by the grammar, which imports nothing of ours, ends with 2 as well.
@@ -32,6 +33,10 @@ class StageFailed(TriviumError):
     """A stage broke. What was published before it is kept, and a rerun goes on from there."""
 
     exit_code = 4
+
+
+class StageSilent(StageFailed):
+    """A stage's process hung. It was ended; a rerun resumes at its last checkpoint."""
 
 
 class TryAgain(TriviumError):

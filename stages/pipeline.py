@@ -12,6 +12,7 @@ from specs.pipeline import Location, PipelineSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
 from stages.ift import Ift
+from stages.metrics.harness import is_task_file
 
 Stage = Annotated[Cpt | Ift | Dpo, Field(discriminator="kind")]
 """THE registry of objectives."""
@@ -23,6 +24,16 @@ class Pipeline(PipelineSpec[Stage]):
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts, and what a stage asks of a method that cannot do it."""
         return [*super().problems(), *self._methods()]
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing in the spec is on the Hugging Face hub, so that no process of it has to reach the network."""
+        metrics = list(self.metrics.values())
+        sources = [source for stage in self.stages for source in stage.data]
+        sources += [metric.data for metric in metrics if metric.kind != "lm_eval"]
+        tasks = [metric.task for metric in metrics if metric.kind == "lm_eval"]
+        named = any(source.hub is not None for source in sources) or not all(map(is_task_file, tasks))
+        return self.model.hub is None and not named
 
     def _methods(self) -> Iterator[tuple[Location, str]]:
         for number, stage in enumerate(self.stages):

@@ -4,9 +4,7 @@ With ``--wait`` the process imports the heavy
 libraries first and then reads the path of its job from stdin, so that a chain's next stage costs no imports.
 """
 
-import ctypes
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,22 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specs.pipeline import BASE
+from stages import heartbeat
 from stages.artifact import Artifact, read, verified
-from stages.errors import StageFailed, TriviumError
+from stages.errors import TriviumError
 from stages.faults import explain
 from stages.job import STAGE, Job, read_job
 from stages.lock import exclusive
-from stages.log import event, open_channel, phase
+from stages.log import event, open_channel, phase, phase_at_work
 from stages.make import make_base, make_release, make_stage, peak_memory
 from stages.model import load_tokenizer, training_device
 from stages.plan import RELEASE
-from stages.preemption import Preemption
+from stages.preemption import Preemption, die_with
+from stages.remote_code import allowing
 from stages.serving import assemble
+from stages.template import dated
 
 if TYPE_CHECKING:
     import torch
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
@@ -39,17 +38,18 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
         TriviumError: the reason, for people; whatever was published before stays.
     """
     durations: dict[str, float] = {}
-    with exclusive(job.lock, Path(job.target).name):
+    model = job.pipeline.model
+    with exclusive(job.lock, Path(job.target).name), allowing(model.allow_remote_code), dated(model.template_date):
         artifact = read(Path(job.target)) if Path(job.target).exists() else None
-        model = None
+        made = None
         if artifact is None:
             work = Path(job.work)
             work.mkdir(parents=True, exist_ok=True)
             make = {BASE: make_base, RELEASE: make_release}.get(job.kind, make_stage)
-            model, artifact = make(job, work, durations, preemption)
+            made, artifact = make(job, work, durations, preemption)
         if job.measurements:
             with phase("evaluate", durations):
-                _measure(job, artifact, model)
+                _measure(job, artifact, made)
     event("finished", artifact=str(artifact.path), durations=durations, peak_memory=peak_memory())
     return artifact
 
@@ -108,40 +108,37 @@ def main(arguments: list[str]) -> int:
     """Run one job; the exit code is that of `stages.errors`, and the reason is the last event."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    waiting = arguments[:1] == ["--wait"]
-    if waiting:
-        _die_with(int(arguments[1]))
-        open_channel(Path(os.devnull))
-        import_ahead(arguments[2])
-        event("ready")
-        line = sys.stdin.readline().strip()
-        if not line:
-            return 0
-        arguments = [line]
-    job_file = Path(arguments[0])
+    if arguments[:1] != ["--wait"]:
+        return _run(Path(arguments[0]), imported=False)
+    parent = int(arguments[1])
+    die_with(parent)
+    open_channel(Path(os.devnull))
+    heartbeat.start(parent)
+    import_ahead(arguments[2])
+    event("ready")
+    line = sys.stdin.readline().strip()
+    try:
+        return _run(Path(line), imported=True) if line else 0
+    finally:
+        heartbeat.end_orphans(parent)
+
+
+def _run(job_file: Path, *, imported: bool) -> int:
     open_channel(job_file.with_suffix(".log"))
     event("started", pid=os.getpid(), at=time.time())
+    job = None
     try:
         job = read_job(job_file)
-        if not waiting:
+        if not imported:
             import_ahead(job.kind)
         run_job(job, Preemption())
-    except TriviumError as error:
-        event("failed", exit_code=error.exit_code, reason=str(error))
-        return error.exit_code
     except Exception as error:
-        traceback.print_exc()
-        event("failed", exit_code=StageFailed.exit_code, reason=explain(error))
-        return StageFailed.exit_code
+        if not isinstance(error, TriviumError):
+            traceback.print_exc()
+        reason = explain(error, job, phase_at_work())
+        event("failed", exit_code=reason.exit_code, reason=str(reason))
+        return reason.exit_code
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel for a SIGTERM when the parent ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            sys.exit(0)
 
 
 if __name__ == "__main__":
