@@ -5,6 +5,7 @@ hears of it, so a lost server or database costs nothing. Outcomes are returned a
 a failed gate is one red line in the UI, not a traceback.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,9 @@ from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
 from flows.summary import summarise
 from specs.load import SpecError
+from specs.secrets import redact
 from stages.errors import GateRefused, InvalidInput, StageFailed, TriviumError, TryAgain
+from stages.log import redact_logging
 from stages.plan import Step
 
 NAMES: dict[type[Exception], str] = {
@@ -59,6 +62,7 @@ def pipeline(
         cause: Why the run was started; part of its name.
     """
     global _error  # noqa: PLW0603 - the command line wants the error itself, Prefect keeps a state
+    redact_logging()
     run = Run(Path(spec), Path(root), from_stage, until_stage)
     hooks = _PrefectHooks(_listener)
     try:
@@ -186,7 +190,7 @@ def _shielded(
 
 
 def _failed(error: TriviumError | SpecError) -> State[Any]:
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    line = redact(str(error), os.environ).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, TryAgain) and line.startswith("cancelled"):
         return Cancelled(message=line)
     return Failed(name=NAMES.get(type(error), "Invalid"), message=line)

@@ -10,9 +10,11 @@ import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -115,6 +117,24 @@ def info(message: str) -> None:
 def phase_at_work() -> str:
     """The phase that began last; empty before the first."""
     return _phase
+
+
+def redact_logging() -> None:
+    """Keep secrets out of every log record of this process, wherever it goes: Prefect keeps them in its database."""
+    plain = logging.getLogRecordFactory()
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @wraps(plain)
+    def without_secrets(*given: Any, **settings: Any) -> logging.LogRecord:
+        record = plain(*given, **settings)
+        with suppress(TypeError, ValueError, KeyError):  # arguments that do not fit are told of where it is written
+            record.msg, record.args = redact(record.getMessage(), os.environ), None
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip(), os.environ)
+        return record
+
+    logging.setLogRecordFactory(without_secrets)
 
 
 def so_far() -> dict[str, float]:

@@ -92,7 +92,8 @@ def load_config(folder: Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder), local_files_only=True)
+    trust = trusted(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     return cast("PretrainedConfig", config)
 
 
