@@ -22,6 +22,8 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 """Model types whose linear layers are transformers' Conv1D: weights of shape (in, out)."""
 HEADS = frozenset({"lm_head", "embed_out"})
 """Last parts of the names of output heads."""
+_MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library itself."""
 _POSITIONS = frozenset({"wpe", "embed_positions", "position_embeddings"})
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -356,6 +358,10 @@ def _files(folder: Path) -> list[Path]:
     named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise InvalidInput(f"{index}: its weight_map should give the file of each weight, and does not; fetch it again")
+    # A file elsewhere would be loaded, and be no part of what the model is known by.
+    strange = sorted({name for name in named.values() if Path(name).name != name or not name.endswith(".safetensors")})
+    if strange:
+        raise InvalidInput(f"{index}: names {strange[0][:60]!r}, which is no *.safetensors file beside it")
     files = [folder / name for name in sorted(set(named.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -368,7 +374,7 @@ def _header(file: Path) -> list[Tensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, _MAX_HEADER):
             raise InvalidInput(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
         try:
             header = json.loads(stream.read(length))

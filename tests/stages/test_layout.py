@@ -209,6 +209,13 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
     assert layout.has_biases
 
 
+def endless_header(folder):
+    """As long as the file, which takes no room on the disk and much in memory."""
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write((1 << 34).to_bytes(8, "little"))
+        file.truncate((1 << 34) + 8)
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -218,6 +225,7 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
         (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors files"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"), "not a whole safetensors file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(bytes(64)), "not a whole safetensors file"),
+        (endless_header, "not a whole safetensors file"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops" + bytes(9)),
             "its header cannot be read",
@@ -240,6 +248,8 @@ def test_routers_and_experts_are_no_linear_modules(tmp_path):
                 '{"weight_map": {"a": 1}}': "its weight_map should give the file of each weight",
                 '{"weight_map": {}}': "names no files",
                 '{"weight_map": {"a": "gone.safetensors"}}': "names gone.safetensors, missing here",
+                '{"weight_map": {"a": "../a.safetensors"}}': r"names '../a.safetensors', which is no",
+                '{"weight_map": {"a": "/dev/zero"}}': r"names '/dev/zero', which is no \*.safetensors file beside it",
             }.items()
         ),
     ],
