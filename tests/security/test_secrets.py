@@ -58,7 +58,9 @@ def project(tmp_path) -> Path:
 
 def run(spec: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """One run, with secrets in its environment and a leak in its stages."""
-    own = {"PYTHONPATH": str(spec.parents[1] / "site"), "LEAK_FAILS": str(spec.parents[1] / "fail")}
+    home = spec.parents[1] / "home"
+    home.mkdir(exist_ok=True)
+    own = {"HOME": str(home), "PYTHONPATH": str(spec.parents[1] / "site"), "LEAK_FAILS": str(spec.parents[1] / "fail")}
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", "run", str(spec), *options],
         capture_output=True,
@@ -108,6 +110,7 @@ def test_prefect_keeps_none_either(project):
     kept = database.read_bytes() + b"".join(path.read_bytes() for path in database.parent.glob("prefect.db-*"))
     assert b"401 for" in kept, "the reason is shown"
     assert b"[redacted]" in kept
+    assert {path.name for path in (project.parents[1] / "home").iterdir()} <= {".cache", ".config"}
 
 
 # The pieces

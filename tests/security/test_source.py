@@ -1,6 +1,7 @@
 """Our own source: nothing in it could run what comes from outside, or open a port to it."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ def test_trust_is_given_by_one_function_only():
                 ]
                 assert assigned, function.name
                 assert all(value.startswith("trusted(") for value in assigned), (path, function.name)
+
+
+def test_each_promise_in_the_docs_names_tests_that_are_there():
+    text = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`tests/" in line]
+    named = [name for line in rows for name in re.findall(r"`(tests/[^`]+)`", line)]
+    assert len(rows) >= 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_the_rules_of_bandit_are_on_for_all_that_ships():

@@ -217,6 +217,7 @@ def test_training_and_evaluation_see_one_date_on_every_day(base_model, tmp_path,
             patch.setattr(template, "datetime", _OtherDay)
             found.append(seen())
     assert "03 Feb 2025" in found[0][2]
+    assert all("03 Feb 2025" in tokenizer.decode(ids) for ids in found[0][1]["prompt_ids"])
     assert found[0] == found[1] == found[2]
 
 
