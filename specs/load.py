@@ -273,7 +273,9 @@ class _Builder:
 
     def _put(self, value: object) -> None:
         location = tuple(self.path)
-        self.document.values[location] = self.mark
+        key = self.document.keys.get(location, self.mark)
+        # What is not there stands, for the parser, where the next thing begins: lines below its key, perhaps.
+        self.document.values[location] = key if value is None and key[0] < self.mark[0] else self.mark
         if not self.containers:
             if value is None:
                 self.fail(_EMPTY)

@@ -18,6 +18,8 @@ from stages.documents import read_object
 from stages.errors import InvalidInput
 
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+"""How a file of weights ends."""
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers are transformers' Conv1D: weights of shape (in, out)."""
 HEADS = frozenset({"lm_head", "embed_out"})
@@ -351,7 +353,7 @@ def _shape(shape: tuple[int, int], part: Part) -> tuple[int, int]:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        found = sorted(folder.glob("*.safetensors"))
+        found = sorted(folder.glob(f"*{SUFFIX}"))
         if not found:
             raise InvalidInput(f"{folder}: no safetensors files; convert the weights with save_pretrained first")
         return found
@@ -359,9 +361,9 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise InvalidInput(f"{index}: its weight_map should give the file of each weight, and does not; fetch it again")
     # A file elsewhere would be loaded, and be no part of what the model is known by.
-    strange = sorted({name for name in named.values() if Path(name).name != name or not name.endswith(".safetensors")})
-    if strange:
-        raise InvalidInput(f"{index}: names {strange[0][:60]!r}, which is no *.safetensors file beside it")
+    strange = next((name for name in named.values() if Path(name).name != name or Path(name).suffix != SUFFIX), None)
+    if strange is not None:
+        raise InvalidInput(f"{index}: names {strange[:60]!r}, which is no *{SUFFIX} file beside it; fetch it again")
     files = [folder / name for name in sorted(set(named.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:

@@ -234,6 +234,25 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
             "machine: download it, or name what is on the Hugging Face hub by hub and revision"
         ],
     ),
+    **{
+        f"source {written[:30]}": ([("data: [{path: data/corpus.jsonl}]", f"data: {written}")], [f"13:{found}"])
+        for written, found in {
+            "": "5: stages[0].data: expected a list, found nothing",
+            "[]": "11: stages[0].data: expected 1 or more items, found 0",
+            "data/corpus.jsonl": "11: stages[0].data: expected a list, found 'data/corpus.jsonl'",
+            "{path: a.txt}": "11: stages[0].data: expected a list, found {'path': 'a.txt'}",
+            "[a.txt]": "12: stages[0].data[0]: expected a mapping, found 'a.txt'",
+            "[{}]": "12: stages[0].data[0]: a source is either path or hub",
+            "[{path: 3}]": "19: stages[0].data[0].path: expected text, found 3",
+            "[{path: ''}]": "19: stages[0].data[0].path: expected text of 1 or more characters, found ''",
+            "[{path: data}]": "12: stages[0].data[0]: cannot tell the format of 'data'; allowed endings: .jsonl, .txt, "
+            ".parquet, .csv",
+            "[{path: data/*.csv}]": "12: stages[0].data[0]: {folder}/data/*.csv: no file matches",
+            f"[{{path: /{'a' * 5000}.txt}}]": "19: stages[0].data[0].path: expected text of 4096 or fewer characters, "
+            f"found '/{'a' * 57}…",
+            f"[{{path: /{'a' * 300}.txt}}]": f"12: stages[0].data[0]: {'a' * 60}: cannot be a file: File name too long",
+        }.items()
+    },
     "token": (
         [("dtype: float32", f"hub: {TOKEN}/x, dtype: float32")],
         [
