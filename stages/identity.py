@@ -157,17 +157,24 @@ def stage_identity(
     Raises:
         InvalidInput: a file is missing.
     """
-    read = {name: digest(folder / name) for name in stage.method.files()}
+    fields = identity_fields(stage)
+    fields["method"] |= {field: digest(folder / name) for field, name in _method_files(stage).items()}
     return {
         "kind": "stage",
-        "stage": identity_fields(stage),
-        **({"files": read} if read else {}),
+        "stage": fields,
         "parent": parent,
         "data": data_digests(stage, folder, digest),
         "seed": pipeline.seed_of(stage),
         "versions": versions(TRAINING_LIBRARIES),
         "code": {"objective": stage.version, "method": stage.method.version},
     }
+
+
+def _method_files(stage: ObjectiveSpec) -> dict[str, str]:
+    """The fields of a method that name files, of which the content counts and not the name."""
+    names = stage.method.files()
+    fields = {field: getattr(stage.method, field) for field in type(stage.method).model_fields if field != "kind"}
+    return {field: value for field, value in fields.items() if isinstance(value, str) and value in names}
 
 
 def work_key(identity: dict[str, Any]) -> str:
@@ -191,33 +198,34 @@ def require_same_inputs(job: Job) -> None:
     changed = _changed_in_base(job) if job.kind == BASE else _changed_in_stage(job)
     if changed:
         raise InvalidInput(
-            f"{job.name}: changed since this run was planned: {', '.join(map(str, changed))}. Nothing is published; "
+            f"{job.name}: changed since this run was planned: {', '.join(changed)}. Nothing is published; "
             "put back what was there, or run again: the step is then made from what is there now"
         )
 
 
-def _changed_in_base(job: Job) -> list[Path]:
+def _changed_in_base(job: Job) -> list[str]:
     folder, spec = Path(job.folder), job.pipeline.model
     known = dict(job.identity["files"])
-    changed = [file for file in base_files(spec, folder) if known.pop(file.name, None) != sha256(file)]
+    changed = [str(file) for file in base_files(spec, folder) if known.pop(file.name, None) != sha256(file)]
     if spec.path is not None:
-        changed += [folder / spec.path / name for name in known]
+        changed += [f"{folder / spec.path / name} (it went)" for name in known]
     if spec.chat_template is not None and sha256(folder / spec.chat_template) != job.identity["chat_template"]:
-        changed.append(folder / spec.chat_template)
+        changed.append(str(folder / spec.chat_template))
     return changed
 
 
-def _changed_in_stage(job: Job) -> list[Path]:
+def _changed_in_stage(job: Job) -> list[str]:
     folder = Path(job.folder)
     stage = next(stage for stage in job.pipeline.stages if stage.name == job.name)
     changed = []
     for source, known in zip(stage.data, job.identity["data"], strict=True):
         if (found := digests(source, folder)) != known:
-            files = files_of(source, folder)
-            changed += [file for file, digest in zip(files, found, strict=False) if digest not in known] or files
-    return changed + [
-        folder / name for name, known in job.identity.get("files", {}).items() if sha256(folder / name) != known
-    ]
+            files = zip(files_of(source, folder), found, strict=False)
+            new = [str(file) for file, digest in files if digest not in known]
+            changed += new or [f"{folder / str(source.path)} (a file went)"]
+    kept = job.identity["stage"]["method"]
+    files_by_field = {field: folder / name for field, name in _method_files(stage).items()}
+    return changed + [str(file) for field, file in files_by_field.items() if sha256(file) != kept[field]]
 
 
 def metric_digests(spec: MetricSpec, folder: Path, digest: Digests) -> list[str]:

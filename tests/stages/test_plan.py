@@ -559,7 +559,7 @@ def test_a_job_carries_all_that_its_process_needs(done):
             lambda p: (p.folder / "tasks/qa.jsonl").unlink(),
             "{folder}/tasks/qa.yaml: its data file {folder}/tasks/qa.jsonl does not exist",
         ),
-        (lambda p: (p.folder / "tasks/qa.yaml").unlink(), "{folder}/tasks/qa.yaml: cannot be read: No such file"),
+        (lambda p: (p.folder / "tasks/qa.yaml").unlink(), "{folder}/tasks/qa.yaml:1:1: cannot be read: No such file"),
     ],
 )
 def test_a_file_of_the_spec_that_is_missing_is_named(project, harm, message):
