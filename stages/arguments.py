@@ -13,6 +13,7 @@ _REFUSED = {
     "save_total_limit": "use train.keep_checkpoints: the trainer deletes by the clock",
     "save_only_model": "a checkpoint without its optimizer resumes as another run, without a word",
     "ignore_data_skip": "a resumed run would see other rows",
+    "auto_find_batch_size": "it shrinks the batch, and so changes the result, without a word; use micro_batch_size",
     "fp16": "use train.precision; float16 without loss scaling is not offered",
     "loss_weights": "a stage has one loss: train.loss",
     "load_best_model_at_end": "there is no evaluation inside a stage; gates judge its end",

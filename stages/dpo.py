@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 REFERENCE_TOLERANCE = 0.05
 """Nats that policy and reference may differ by on a pair: the same model, batched otherwise, under autocast."""
 
+_SHARE = "share"
+"""The key under which a micro-batch says what part of its batch it is, relative to an even one."""
+
 
 class Dpo(ObjectiveSpec):
     """Alignment on pairs: raise the chosen answer over the rejected one, relative to the stage's start."""
@@ -155,13 +158,15 @@ class Dpo(ObjectiveSpec):
 
         copies = self.method.reference == "adapter_copy"
         with nullcontext() if copies else _without_adapter_copy(model):
-            return DPOTrainer(
+            made = DPOTrainer(
                 model=model,
                 args=DPOConfig(**arguments),
                 train_dataset=dataset,
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
+        _weigh_pairs_alike(made)
+        return made
 
 
 @contextmanager
@@ -176,6 +181,27 @@ def _without_adapter_copy(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.add_adapter, model.get_parameter
+
+
+def _weigh_pairs_alike(trainer: Any) -> None:
+    """Let a pair count in the last batch of an epoch, which may end in a smaller micro-batch, as in any other.
+
+    transformers 5.23 takes the mean over the micro-batches of each one's mean over its pairs: what a batch is cut into
+    would change the result, and a rerun with smaller micro-batches would be another run. A full batch keeps its bits.
+    """
+    collect, loss = trainer.get_batch_samples, trainer.compute_loss
+
+    def get_batch_samples(*arguments: Any, **named: Any) -> Any:
+        samples, items = collect(*arguments, **named)
+        mean = sum(len(sample["input_ids"]) for sample in samples) / max(1, len(samples))
+        return [{**sample, _SHARE: len(sample["input_ids"]) / mean} for sample in samples], items
+
+    def compute_loss(model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+        share = inputs.pop(_SHARE, None)
+        found = loss(model, inputs, *arguments, **named)
+        return found if share is None else found * share
+
+    trainer.get_batch_samples, trainer.compute_loss = get_batch_samples, compute_loss
 
 
 def _policy(trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":
