@@ -1,5 +1,6 @@
 """The command line. Heavy imports stay inside the commands: help, validate and plan start fast."""
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # we have an exit code of our own for it
 )
 
+_unheard = False  # whether the Prefect server went away during the run
 DEFAULT_SPEC = "spec.yaml"
 """The spec of a project folder."""
 ARTIFACTS = "artifacts"
@@ -157,19 +159,23 @@ def _described(release: Path) -> str:
 
 
 def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
+    global _unheard  # noqa: PLW0603 - how the process leaves
     from flows import process
-    from flows.server import use_project_server
+    from flows.server import embed_server, use_project_server
 
-    # The terminal has its own lines; the UI keeps Prefect's.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+    for place in ("HANDLERS_CONSOLE", "INTERNAL"):  # the terminal has its own lines; the UI keeps Prefect's
+        os.environ.setdefault(f"PREFECT_LOGGING_{place}_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False  # each batch of lines that a lost server does not take; we say it once
     try:
         if plan.pending:
             # The first step imports while Prefect does, and while its server starts.
             process.warm(plan.job(plan.pending[0]).kind, offline=plan.pipeline.is_offline)
-        use_project_server(asked.root)
+        ready = None if use_project_server(asked.root) else embed_server(asked.root)
         from flows.pipeline import run_with_prefect
 
-        run_with_prefect(asked, listen)
+        if ready is not None:
+            ready()
+        _unheard = run_with_prefect(asked, listen)
     finally:
         process.dismiss()
 
@@ -349,7 +355,12 @@ def main() -> None:
     """Run a command and leave with the exit code that `stages.errors` documents."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run(sys.argv[1:]))
+    code = _run(sys.argv[1:])
+    if _unheard:  # Prefect would go on for minutes, once per event, to knock at the door of a server that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -6,26 +6,35 @@ a failed gate is one red line in the UI, not a traceback.
 """
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.states import Cancelled, Completed, Failed
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
+from flows import alive
 from flows.artifacts import Reporter, report_run, report_stage
 from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
+from flows.server import ServerError
 from flows.summary import summarise
 from specs.load import SpecError
 from specs.secrets import redact
-from stages.errors import GateRefused, InvalidInput, StageFailed, TriviumError, TryAgain
+from stages.errors import GateRefused, InvalidInput, StageFailed, StageSilent, TriviumError, TryAgain
+from stages.faults import explain
 from stages.log import redact_logging
 from stages.plan import Step
 
@@ -37,11 +46,26 @@ NAMES: dict[type[Exception], str] = {
 }
 POLL_SECONDS = 5.0
 """How often a run asks whether somebody cancelled it in the UI."""
+RUNNER_SECONDS = 1.0
+"""How often a run that a runner started looks whether its runner still lives."""
+
+ANSWER_SECONDS = 5.0
+"""How long the server may take to say that it is there; a step does not wait longer for it."""
 
 Listener = Callable[[Step, Event], None]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How the work itself ended, whatever Prefect makes of it."""
+
+    error: Exception | None = None
+
+
 _listener: Listener | None = None
-_error: TriviumError | SpecError | None = None
+_endings: list[_Ending] = []
+"""Of the run in this process: the command line wants the error itself, Prefect keeps a state."""
 
 
 @flow(name="trivium", flow_run_name="{cause}: {spec}", persist_result=False, log_prints=False)
@@ -61,42 +85,65 @@ def pipeline(
         until_stage: Leave out the stages after this one, and the release.
         cause: Why the run was started; part of its name.
     """
-    global _error  # noqa: PLW0603 - the command line wants the error itself, Prefect keeps a state
     redact_logging()
     run = Run(Path(spec), Path(root), from_stage, until_stage)
     hooks = _PrefectHooks(_listener)
     try:
+        hooks.hold(run.root)
         outcomes = run_chain(run, hooks)
-    except (TriviumError, SpecError) as error:
-        _error = error
-        return _failed(error)
+    except (TriviumError, SpecError, OSError) as error:
+        reason = explain(error) if isinstance(error, OSError) else error
+        _endings.append(_Ending(reason))
+        return _failed(reason)
+    except Exception as error:  # a fault of ours: the terminal gets it, Prefect its traceback
+        _endings.append(_Ending(error))
+        raise
+    else:
+        _endings.append(_Ending())
     finally:
         hooks.close()
-        with suppress(TriviumError, SpecError):
-            report_run(summarise(run.plan()))
+        if _endings:  # else it is interrupted
+            hooks.report(run)
     kept = sum(outcome.kept for outcome in outcomes)
     return Completed(name="Passed", message=f"{len(outcomes)} steps, {kept} of them kept")
 
 
-def run_with_prefect(run: Run, listen: Listener) -> None:
+def run_with_prefect(run: Run, listen: Listener) -> bool:
     """Run the flow in this process.
+
+    Returns:
+        Whether Prefect could not be told how the run ended; `listen` was.
 
     Raises:
         TriviumError: what the run itself raised.
+        ServerError: Prefect could not be told that it begins; nothing was done.
     """
-    global _listener, _error
-    _listener, _error = listen, None
-    state: State[Any] = pipeline(
-        spec=str(run.spec),
-        root=str(run.root),
-        from_stage=run.from_stage,
-        until_stage=run.until_stage,
-        return_state=True,
-    )
-    if _error is not None:
-        raise _error
-    if not state.is_completed():
-        raise StageFailed(f"the flow ended as {state.name}: {state.message}")
+    global _listener  # noqa: PLW0603 - a flow's parameters are kept and shown, so it cannot be one
+    _listener = listen
+    _endings.clear()
+    unheard = ""
+    try:
+        pipeline(
+            spec=str(run.spec),
+            root=str(run.root),
+            from_stage=run.from_stage,
+            until_stage=run.until_stage,
+            return_state=True,
+        )
+    except BaseException as lost:
+        if not _endings:
+            if isinstance(lost, httpx.HTTPError):
+                reason = f"Prefect cannot be told that a run begins: {_line(lost)}; --no-prefect does without it"
+                raise ServerError(reason) from lost
+            raise
+        unheard = _line(lost)
+    if not _endings:
+        raise StageFailed("Prefect did not start the run; use --no-prefect")
+    if unheard:
+        sys.stderr.write(f"trivium: the results are safe in {run.root}; reporting to Prefect failed: {unheard}\n")
+    if (error := _endings[0].error) is not None:
+        raise error
+    return bool(unheard)
 
 
 class _PrefectHooks:
@@ -105,19 +152,38 @@ class _PrefectHooks:
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
         self._reporter: Reporter | None = None
+        self._step: Step | None = None
         self._asked_to_stop = threading.Event()
         self._done = threading.Event()
         context = FlowRunContext.get()
-        if context is not None and context.flow_run is not None:
-            threading.Thread(target=self._watch, args=(context.flow_run.id,), daemon=True).start()
+        self._run = None if context is None else context.flow_run
+
+    def hold(self, root: Path) -> None:
+        """Let others see that this run is alive, clean up after dead ones, and watch whoever can end it.
+
+        Raises:
+            OSError: the root cannot be written.
+        """
+        if self._run is None:
+            return
+        alive.hold(root, self._run.id)
+        with suppress(Exception):  # a matter of looks: it must not stop the work
+            alive.mark_crashed(root)
+        watch = self._watch_state if self._run.deployment_id is None else self._watch_runner
+        threading.Thread(target=watch, args=(self._run.id,), daemon=True).start()
 
     def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
-        """One subflow, named after the stage."""
+        """One subflow, named after the stage; while the server is away, the work alone."""
+        self._step, self._reporter = step, None
+        if not _server_answers():
+            self.say(f"the Prefect server does not answer: {step.name} runs all the same, and will not be shown there")
+            return body()
 
         def inside() -> Outcome:
             with Reporter(step) as self._reporter:
                 outcome = body()
-            report_stage(step, outcome)
+            if _server_answers():
+                report_stage(step, outcome)
             return outcome
 
         return _shielded(
@@ -143,22 +209,62 @@ class _PrefectHooks:
         if self._reporter is not None:
             self._reporter.hear(event)
 
+    def say(self, line: str) -> None:
+        """A line for the terminal."""
+        if self._step is not None:
+            self.event(self._step, {"event": "info", "message": line})
+
     def cancelled(self) -> bool:
         """Whether the run was cancelled in the UI."""
         return self._asked_to_stop.is_set()
+
+    def report(self, run: Run) -> None:
+        """The table of the whole chain; without a server, what the person at the terminal waits for now."""
+        if _server_answers():
+            with suppress(TriviumError, SpecError, OSError):
+                report_run(summarise(run.plan()))
+            return
+        waits = 2 ** (get_current_settings().client.max_retries + 1)
+        self.say(
+            f"the work is done and safe in {run.root}; the Prefect server does not answer: trying for about {waits} s "
+            "to tell it; Ctrl-C leaves at once and loses nothing"
+        )
 
     def close(self) -> None:
         """Stop watching."""
         self._done.set()
 
-    def _watch(self, flow_run_id: Any) -> None:
+    def _watch_state(self, run: UUID) -> None:
         """A run that a terminal started has no runner that listens for its cancellation: ask for it."""
         with get_client(sync_client=True) as client:
             while not self._done.wait(POLL_SECONDS):
                 with suppress(Exception):  # a server that is away must not stop the work
-                    state = client.read_flow_run(flow_run_id).state
+                    state = client.read_flow_run(run).state
                     if state is not None and (state.is_cancelling() or state.is_cancelled()):
                         self._asked_to_stop.set()
+
+    def _watch_runner(self, _: UUID) -> None:
+        """A runner ends its runs when it is told to stop; one that is killed cannot, so they end themselves.
+
+        Not by the kernel's parent-death signal: that one follows the thread that started us, which may end earlier.
+        """
+        runner = os.getppid()
+        while not self._done.wait(RUNNER_SECONDS):
+            if os.getppid() != runner:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _server_answers() -> bool:
+    """Whether a server is there at all, by one short question: Prefect's own client would ask for minutes."""
+    url = get_current_settings().api.url
+    if not url:
+        return True  # Prefect embeds one where it needs it
+    try:
+        httpx.get(f"{url}/health", timeout=ANSWER_SECONDS)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def _shielded(
@@ -169,31 +275,46 @@ def _shielded(
 ) -> T:
     """Run ``body`` inside a Prefect flow or task that shows its outcome, and give back what it gave or raised."""
     values: list[T] = []
-    errors: list[TriviumError] = []
+    errors: list[Exception] = []
 
     def shielded(**_: Any) -> State[Any]:
         try:
             values.append(body())
-        except TriviumError as error:
+        except (TriviumError, OSError) as error:
             errors.append(error)
-            return _failed(error)
+            return _failed(explain(error))
+        except Exception as error:
+            errors.append(error)
+            raise
         return state_of(values[0])
 
     def named(stage: str, identity: str) -> State[Any]:
         """One step of the chain."""
         return shielded()
 
-    wrap(named if parameters else shielded)(**parameters, return_state=True)
+    try:
+        wrap(named if parameters else shielded)(**parameters, return_state=True)
+    except httpx.HTTPError:  # the server went away
+        if not values and not errors:
+            shielded()
     if errors:
         raise errors[0]
     return values[0]
 
 
-def _failed(error: TriviumError | SpecError) -> State[Any]:
-    line = redact(str(error), os.environ).splitlines()[0] if str(error) else type(error).__name__
+def _failed(error: Exception) -> State[Any]:
+    line = _line(error)
     if isinstance(error, TryAgain) and line.startswith("cancelled"):
         return Cancelled(message=line)
+    if isinstance(error, StageSilent):
+        return Crashed(message=line)
     return Failed(name=NAMES.get(type(error), "Invalid"), message=line)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, without secrets."""
+    lines = redact(str(error), os.environ).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _state_of_step(outcome: Outcome) -> State[Any]:

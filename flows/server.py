@@ -3,10 +3,11 @@
 Prefect's defaults let any web page start runs: no password, no CSRF protection, every origin allowed.
 Here every server, the embedded one too, listens on loopback, asks for a password and sends nothing out.
 
-The embedded server of a run and the server of `trivium ui` share the database in `<root>/.prefect`, so each
-shows the runs of the other. A url is the address of the API (`http://127.0.0.1:4200/api`).
+The server that a run starts for itself and the server of `trivium ui` share the database in `<root>/.prefect`, so
+each shows the runs of the other. A url is the address of the API (`http://127.0.0.1:4200/api`).
 """
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -14,20 +15,23 @@ import os
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from urllib.request import getproxies_environment
 
 import httpx
 
-from stages.errors import TriviumError
+from flows import alive
+from stages.errors import InvalidInput, TriviumError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 4200
@@ -35,11 +39,13 @@ DEFAULT_PORT = 4200
 RUN_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    "PREFECT_CLIENT_MAX_RETRIES": "7",  # the waits double from 2 s: bridges about four minutes, 5 only one
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",  # the store is the truth, a second cache could disagree
     "PREFECT_TASKS_DEFAULT_NO_CACHE": "true",
     "PREFECT_WORKER_WEBSERVER_HOST": HOST,  # all interfaces, if somebody switches it on
 }
+_RETRIES = "PREFECT_CLIENT_MAX_RETRIES"
+_WAITS = {_RETRIES: "7"}
+"""A default, unlike the others: the waits double from 2 s, so 7 bridge about four minutes, Prefect's 5 only one."""
 # Marks a run as crashed when its heartbeats stop. Prefect names the event of a state change by the state's
 # name, not its type, so any event of the run must count: a list of the standard names crashes a paused run
 # that is called `AwaitingApproval`. The window is six beats: marking a living 20-hour run as crashed costs
@@ -63,6 +69,8 @@ ZOMBIE_AUTOMATION: dict[str, Any] = {
 class ServerError(TriviumError):
     """The Prefect server cannot be started or used; the message says what to do."""
 
+    exit_code = InvalidInput.exit_code
+
 
 def use_project_server(root: Path) -> str:
     """Point this process's Prefect at the project's own server. Call it before prefect is imported.
@@ -73,23 +81,61 @@ def use_project_server(root: Path) -> str:
         root: The project's folder.
 
     Returns:
-        The url of the user's server or of a running `trivium ui`; empty when Prefect embeds a server.
+        The url of the user's server or of a running `trivium ui`; empty when there is none: see `embed_server`.
 
     Raises:
         ServerError: The home cannot be used, or prefect was imported already and would ignore the settings.
     """
     if own := os.environ.get("PREFECT_API_URL"):
-        os.environ.update(RUN_SETTINGS)
+        os.environ.update(_run_settings())
         return own
     home = _home(root)
     if "prefect" in sys.modules and os.environ.get("PREFECT_HOME") != str(home):
         raise ServerError("prefect was imported before use_project_server(); call it first")
     os.environ.pop("PREFECT_API_URL", None)
-    os.environ.update(RUN_SETTINGS | _server_settings(home, f"http://{HOST}"))
+    os.environ.update(_run_settings() | _server_settings(home, f"http://{HOST}"))
     record = _live_record(home)
     if record:
         os.environ["PREFECT_API_URL"] = record["url"]
     return record["url"] if record else ""
+
+
+def embed_server(root: Path, *, ready_seconds: float = 120) -> Callable[[], None]:
+    """Start a server for this process alone and point its Prefect at it. Call it before prefect is imported.
+
+    Prefect would embed one by itself, in our process group and without a bond to us: Ctrl-C would take it away
+    before the run could report, and a kill of the run would leave it behind.
+
+    Returns:
+        A function that waits until the server is ready; import prefect meanwhile.
+
+    Raises:
+        ServerError: By that function: the server does not start, or its database is damaged.
+    """
+    home = _home(root)
+    _check_database(home)
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    url, log = f"http://{HOST}:{port}/api", home / "run.log"
+    app = "prefect.server.api.server:create_app"
+    command = [
+        "uvicorn",
+        "--factory",
+        app,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+        "--lifespan",
+        "on",
+    ]
+    own = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    child = _start(command, log, _server_settings(home, f"http://{HOST}") | own)
+    atexit.register(_stop, child)  # ours first, so it is called last: Prefect still sends what it kept
+    os.environ["PREFECT_API_URL"] = url
+    return lambda: _wait_until_ready(child, url, home, log, ready_seconds)
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, open_browser: bool = True) -> None:
@@ -145,10 +191,26 @@ def _serving(root: Path, port: int | None, seconds: float) -> Iterator[tuple[str
             port = free.getsockname()[1]
     elif not _is_free(port):
         raise ServerError(f"port {port} is taken or not allowed; choose another one")
-    url = f"http://{HOST}:{port}/api"
-    child = _start(home, url, port)
+    _check_database(home)
+    url, log = f"http://{HOST}:{port}/api", home / "server.log"
+    # The user's own PREFECT_API_URL would send our UI to somebody else's server.
+    own = {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
+    settings = _server_settings(home, url.removesuffix("/api")) | own
+    child = _start(["prefect", "server", "start", "--host", HOST, "--port", str(port)], log, settings)
     try:
-        _wait_until_ready(child, url, home, seconds)
+        _wait_until_ready(child, url, home, log, seconds)
+        with _client(url, _credentials(home), 10) as client:
+            _put_automation(client)
+        if alive.dead(root):
+            with log.open("ab") as output:
+                subprocess.run(  # noqa: S603 - our own module; prefect is not imported here
+                    [sys.executable, "-m", "flows.alive", str(root)],
+                    env=os.environ | _run_settings() | settings,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    check=False,  # the server serves all the same, and the next one tries again
+                )
         _write(home / "server.json", json.dumps({"url": url, "pid": child.pid}), os.replace)
         yield url, child
     finally:
@@ -229,15 +291,33 @@ def _is_free(port: int) -> bool:
     return False
 
 
-def _start(home: Path, url: str, port: int) -> subprocess.Popen[bytes]:
-    # The user's own PREFECT_API_URL would send our UI to somebody else's server.
-    own = {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
-    with (home / "server.log").open("wb") as log:
+def _run_settings() -> dict[str, str]:
+    return _WAITS | {name: os.environ[name] for name in _WAITS if name in os.environ} | RUN_SETTINGS
+
+
+def _check_database(home: Path) -> None:
+    """Name a database that is none: the server would only fail to start."""
+    file = home / "prefect.db"
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
+            database.execute("select count(*) from sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        return  # not there yet, or in use
+    except sqlite3.DatabaseError as error:
+        raise ServerError(
+            f"{file}: Prefect's database is damaged ({error}). It holds the history that the UI shows; your results "
+            f"are not in it and are untouched. Move it away "
+            f"(mv {file} {file}.damaged) and run again, or use --no-prefect"
+        ) from error
+
+
+def _start(module: list[str], log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
         return subprocess.Popen(  # noqa: S603 - our own interpreter and fixed arguments
-            [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
-            env=os.environ | RUN_SETTINGS | _server_settings(home, url.removesuffix("/api")) | own,
+            [sys.executable, "-m", *module],
+            env=os.environ | _run_settings() | settings,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches us alone, and we stop the server in order
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - a kill -9 of ours must not leave the server
@@ -249,17 +329,17 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], url: str, home: Path, seconds: float) -> None:
-    log, deadline = home / "server.log", time.monotonic() + seconds
+def _wait_until_ready(child: subprocess.Popen[bytes], url: str, home: Path, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     with _client(url, _credentials(home), 10) as client:
         while child.poll() is None and time.monotonic() < deadline:
             with suppress(httpx.HTTPError):  # not up yet, or 503 while its own start keeps SQLite locked
                 if client.get("/health").status_code == 200:
-                    return _put_automation(client)
+                    return
             time.sleep(0.1)
     end = " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
     what = f"was not ready in {seconds:g} s" if child.poll() is None else f"exited with {child.returncode}"
-    raise ServerError(f"the Prefect server {what}; see {log}, which ends with: {end}")
+    raise ServerError(f"the Prefect server {what}; --no-prefect does without it. {log} ends with: {end}")
 
 
 def _put_automation(client: httpx.Client) -> None:

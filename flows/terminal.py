@@ -71,7 +71,7 @@ class Watcher:
         elif kind == "phase_done":
             err.print(f"[green]✓[/] {step.name}: {event['phase']} [dim]{event['seconds']:.1f} s[/]")
         elif kind == "info":
-            err.print(f"  [dim]{event['message']}[/]")
+            err.print(f"  [dim]{event['message']}[/]", soft_wrap=True)
 
     def _start(self, description: str) -> None:
         if self._task is not None:
