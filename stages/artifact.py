@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.documents import PARTIAL, sync, write_json
+from stages.documents import PARTIAL, make_folder, sync, write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.manifest import NAME, read_manifest, sealed
 
@@ -167,7 +167,7 @@ def publish(work: Path, target: Path, *, identity: dict[str, Any], record: dict[
     number = 1 + max((one.number for one in published_in(target.parent)), default=0)
     manifest = sealed(identity, record | {"number": number}, files)
     write_json(work / MANIFEST, manifest)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     work.rename(target)
     sync(target.parent)
     return Artifact(target, manifest)

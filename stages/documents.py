@@ -55,7 +55,7 @@ def write_json(path: Path, document: Any) -> None:
 
     It is on the disk when this returns, and so is its name: a power cut afterwards takes neither.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -90,6 +90,14 @@ def read_sealed(file: Path, *, limit: int = LIMIT) -> Any:
 def write_sealed(file: Path, body: Any) -> None:
     """Write a document with the fingerprint of its content, so that a change by hand or by the disk is noticed."""
     write_json(file, {"sha256": fingerprint(body), "body": body})
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it; their names are on the disk when this returns."""
+    missing = [one for one in (path, *path.parents) if not one.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync(one.parent)
 
 
 def sync(path: Path) -> None:

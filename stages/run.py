@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from specs.pipeline import BASE
 from stages import heartbeat
 from stages.artifact import Artifact, read, verified
+from stages.documents import make_folder
 from stages.errors import TriviumError
 from stages.faults import explain
 from stages.job import STAGE, Job, read_job
@@ -44,7 +45,7 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
         made = None
         if artifact is None:
             work = Path(job.work)
-            work.mkdir(parents=True, exist_ok=True)
+            make_folder(work)
             make = {BASE: make_base, RELEASE: make_release}.get(job.kind, make_stage)
             made, artifact = make(job, work, durations, preemption)
         if job.measurements:

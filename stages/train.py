@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import checkpoint, conditions, probe
 from stages.arguments import trainer_arguments
+from stages.documents import make_folder
 from stages.errors import StageFailed, TryAgain
 from stages.finite import stop_before_bad_steps
 from stages.log import event, info
@@ -90,6 +91,7 @@ def fit(
     mixed = stage.train.weights_dtype == "bfloat16"
     before = probe.logits(prepared.model, ids, autocast=mixed)
     router = _router_settings(prepared.model)
+    make_folder(folder)  # before the trainer does, which does not flush its name
     trainer = stage.trainer(prepared.model, tokenizer, dataset, arguments, [watcher])
     if getattr(trainer, "aux_loss_enabled", False):
         watcher.first_loss = None  # a mixture's balancing loss is in it
