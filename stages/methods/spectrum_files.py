@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from stages.errors import InvalidInput
 from stages.layout import HEADS, Key, Layout, Matrix, identify, spellings
 from stages.scan.files import matching, read_patterns, read_scores
+from stages.template import bounded
 
 Table = dict[Key, dict[str, Any]]
 """What is known of each matrix: module, type, layer, snr, snr_mp and, after a scan, counts of noise values."""
@@ -78,7 +79,11 @@ def listed_in(file: Path, weights: Weights) -> tuple[list[Matrix], list[str]]:
     Raises:
         InvalidInput: not such a file, a pattern that matches nothing of the model, or patterns that match all of it.
     """
-    targets = matching(read_patterns(file), _names(weights), file)
+    names = _names(weights)
+    targets: set[str] = set()
+    for pattern in read_patterns(file):
+        with bounded(f"{file}: the pattern {pattern[:60]!r}", "write the names out, or nest no repetitions"):
+            targets |= matching([pattern], names, file)
     chosen = [matrix for matrix in weights.matrices if matrix.module in targets]
     if len(chosen) == len(weights.matrices):
         raise InvalidInput(f"{file}: names every weight matrix of this model; use method full, or name fewer")
