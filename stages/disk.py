@@ -86,7 +86,7 @@ def checkpoint_size(stage: ObjectiveSpec, model: Model, trained: int) -> int:
     """
     weights = FLOAT32 * trained
     if stage.method.checkpoints_whole:
-        held = 2 if stage.train.weights_dtype == "bfloat16" else FLOAT32
+        held = 2 if stage.train.weights_dtype == "bfloat16" else FLOAT32 if stage.method.narrows else 1
         weights += held * (model.parameters - trained)
     return weights + STATE_BYTES[stage.train.optimizer] * trained + model.beside + SMALL_FILES
 

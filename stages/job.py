@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from specs.base import Spec
 from stages.artifact import LOCKS
+from stages.documents import write_json
 from stages.pipeline import Pipeline
 
 STAGE = "stage"
@@ -60,8 +61,7 @@ def write_job(job: Job, path: Path) -> None:
     Only what the spec gave is written: some fields refuse to stand beside others, whatever their value, and a
     default that is spelt out would look like one that was given.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(job.model_dump_json(indent=1, exclude_unset=True), encoding="utf-8")
+    write_json(path, job.model_dump(mode="json", exclude_unset=True))
 
 
 def read_job(path: Path) -> Job:

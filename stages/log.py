@@ -56,10 +56,12 @@ class _Redacted(io.TextIOBase):
     It never fails: a log on a full disk must not end the work, nor hide why it ended.
     """
 
+    lost = False
+    """Whether it was told that the log is not whole: both streams write into one."""
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._line = ""
-        self._lost = False
 
     def write(self, text: str) -> int:
         """Pass on what is whole: a secret may come in parts, and a line ends it."""
@@ -78,8 +80,8 @@ class _Redacted(io.TextIOBase):
             self._stream.write(text)
             self._stream.flush()
         except OSError as error:
-            if not self._lost:
-                self._lost = True
+            if not _Redacted.lost:
+                _Redacted.lost = True
                 _tell_lost("the log", error)
 
     def fileno(self) -> int:

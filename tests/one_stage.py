@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ def in_a_fork(job: Job, harm: Callable[[], object], seconds: float = 60) -> tupl
         try:
             os.close(ours)
             os.dup2(theirs, 1)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
             # A fork has none of its parent's threads, and loading in several would ask torch for them.
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
             harm()

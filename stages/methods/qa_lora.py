@@ -37,6 +37,7 @@ class QaLora(LowRank):
     reference: ClassVar[Reference] = "precomputed"
     starts_exactly: ClassVar[bool] = False
     narrows: ClassVar[bool] = False
+    checkpoints_whole: ClassVar[bool] = True
     rank_bound: ClassVar[str] = "the number of input groups (group_size)"
 
     @field_validator("group_size")
