@@ -185,10 +185,10 @@ def test_a_wrong_sum_or_a_wrong_file_is_never_left_behind(published, tmp_path, m
         combine([published["one"].path], [1e7], tmp_path / "out", "float16")
     save = module.save_plain
 
-    def wrong(model, *rest):
+    def wrong(model, *rest, **settings):
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] += 1.0
-        save(model, *rest)
+        save(model, *rest, **settings)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] -= 1.0
 

@@ -271,7 +271,7 @@ def test_nothing_to_train_on_is_refused(kind, tokenizer):
         }
     ]
     _, report = stage_of(kind, sequence_length=3).dataset(rows, tokenizer)
-    with pytest.raises(InvalidInput, match=r"stage it: no token would be trained .*sequence_length"):
+    with pytest.raises(InvalidInput, match=r"stage it: no token would be trained: .*sequence_length"):
         report.checked("it", [Count("a.jsonl", 3)])
 
 
