@@ -112,9 +112,15 @@ def resume_from(folder: Path, every: int) -> Resume:
     return Resume(None, reached)
 
 
+def newest_sealed(folder: Path) -> Path | None:
+    """The checkpoint that a resume would start from, by the seals' presence alone."""
+    return next((path for path in by_step(folder) if (path / SEAL).is_file()), None)
+
+
 def newest_step(folder: Path) -> int:
-    """The step that a resume would start from, by the seals' presence alone; 0 where there is none."""
-    return max((step_of(path) for path in by_step(folder) if (path / SEAL).is_file()), default=0)
+    """The step of `newest_sealed`; 0 where there is none."""
+    newest = newest_sealed(folder)
+    return 0 if newest is None else step_of(newest)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.documents import read_json, write_json
+from stages.errors import InvalidInput
 from stages.log import info
 from stages.objective import ObjectiveSpec
 
@@ -36,15 +37,19 @@ def resumed(checkpoint: Path | None, step: int, now: dict[str, Any]) -> list[Spa
         now: the conditions of the steps to come.
     """
     spans = [] if checkpoint is None else _kept(checkpoint)
-    then = {} if not spans else {name: value for name, value in spans[-1].items() if name != "from_step"}
-    if then == now:
-        return spans
-    if changed := [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]:
+    if changed := _changed(spans, now):
         info(
-            f"resuming under other conditions ({', '.join(changed)}): the same rows and the same arithmetic, so the "
-            "result is equal within rounding but not bit for bit, and dropout may draw other masks"
+            f"resuming under other conditions ({changed}): the same rows and the same arithmetic, so the result is "
+            "equal within rounding but not bit for bit, and dropout may draw other masks"
         )
+    if spans and {"from_step": spans[-1].get("from_step"), **now} == spans[-1]:
+        return spans
     return [*spans, {"from_step": step + 1, **now}]
+
+
+def cut_up_otherwise(checkpoint: Path, stage: ObjectiveSpec) -> str:
+    """Which of the settings that trade memory for time a checkpoint was trained with otherwise; empty where none."""
+    return _changed(_kept(checkpoint), {name: getattr(stage.train, name) for name in MEMORY_ONLY})
 
 
 def keep(spans: list[Span], checkpoint: Path) -> None:
@@ -52,6 +57,14 @@ def keep(spans: list[Span], checkpoint: Path) -> None:
     write_json(checkpoint / FILE, spans)
 
 
+def _changed(spans: list[Span], now: dict[str, Any]) -> str:
+    then = spans[-1] if spans else {}
+    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name])
+
+
 def _kept(checkpoint: Path) -> list[Span]:
-    file = checkpoint / FILE
-    return list(read_json(file)) if file.exists() else []
+    try:
+        found = read_json(checkpoint / FILE)
+    except InvalidInput:
+        return []  # a checkpoint of before, or one that its seal will refuse
+    return [span for span in found if isinstance(span, dict)] if isinstance(found, list) else []

@@ -9,6 +9,7 @@ from specs.gate import PreferenceSpec
 from specs.pipeline import BASE, PREVIOUS
 from stages import checkpoint, evaluate
 from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short
+from stages.conditions import cut_up_otherwise
 from stages.evaluate import Evaluation
 from stages.identity import (
     MEASURING_LIBRARIES,
@@ -175,8 +176,10 @@ class _Planner:
             reason = self._why(name, identity)
         place = target if artifact is None else artifact.path
         work = self.store / WORK / work_key(identity)
-        if artifact is None and (step := checkpoint.newest_step(work / "checkpoints")):
-            reason += f"; resumes at step {step}"
+        if artifact is None and (newest := checkpoint.newest_sealed(work / "checkpoints")) is not None:
+            reason += f"; resumes at step {checkpoint.step_of(newest)}"
+            if stage is not None and (changed := cut_up_otherwise(newest, stage)):
+                reason += f" ({changed}: equal within rounding, not bit for bit)"
         measurements = () if name == RELEASE else self._measurements(name, place, key)
         self.steps.append(Step(order, name, stage, identity, target, work, artifact, reason, damaged, measurements))
 

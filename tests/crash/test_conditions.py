@@ -8,10 +8,12 @@ from crashing import before, checkpoints, disturb, killed, result, stage_job
 from tiny import write_data, write_model
 from transformers import Trainer
 
+from stages import checkpoint, conditions
 from stages.artifact import set_aside
 from stages.errors import TryAgain
 from stages.job import Job
 from stages.lock import exclusive
+from stages.plan import make_plan
 from stages.run import run_job
 
 pytestmark = [pytest.mark.model, pytest.mark.crash]
@@ -59,6 +61,11 @@ def killed_in_step(step: int, job: Job, micro_batches: int) -> None:
     disturb()
 
 
+def planned(job: Job) -> str:
+    root = Path(job.target).parents[1]
+    return make_plan(job.pipeline, Path(job.folder), root, until="only").steps[1].reason
+
+
 @pytest.mark.parametrize("objective", STAGES)
 @pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 2)])
 def test_a_rerun_with_other_micro_batches_goes_on_with_the_same_rows(objective, first, then, job, capfd):
@@ -69,6 +76,9 @@ def test_a_rerun_with_other_micro_batches_goes_on_with_the_same_rows(objective, 
     killed_in_step(4, job(objective, first), 4 // first)
     rerun = job(objective, then)
     assert rerun.target != whole.target
+    assert planned(rerun) == (
+        f"never run; resumes at step 2 (micro_batch_size {first} -> {then}: equal within rounding, not bit for bit)"
+    )
     capfd.readouterr()
     run_job(rerun)
     found = result(rerun)
@@ -106,9 +116,22 @@ def test_another_number_of_threads_is_said_and_recorded(job, capfd):
     assert "resuming under other conditions (threads 1 -> 2)" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("kept", ["", "{", "[]", "[1]", '{"micro_batch_size": 1}', '[{"threads": [1]}]'])
+def test_conditions_that_are_none_stop_neither_plan_nor_resume(kept, job):
+    """A seal says that it was us who wrote them; a plan reads them before it is looked at."""
+    one = job("ift", 2)
+    place = checkpoints(one) / "checkpoint-2"
+    place.mkdir(parents=True)
+    (place / conditions.FILE).write_text(kept)
+    checkpoint.seal(place)
+    assert planned(one) == "never run; resumes at step 2"
+    assert conditions.resumed(place, 2, {"threads": 2})[-1] == {"from_step": 3, "threads": 2}
+
+
 def test_under_the_same_conditions_nothing_is_said(job, capfd):
     one = job("ift", 2)
     killed_in_step(4, one, 2)
+    assert planned(one) == "never run; resumes at step 2"
     run_job(one)
     assert len(result(one).record["conditions"]) == 1
     assert "other conditions" not in capfd.readouterr().err

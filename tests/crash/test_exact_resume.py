@@ -36,6 +36,8 @@ METHODS = {
 }
 SETTINGS = {
     "adamw_8bit": ("ift", "lora", "optimizer: adamw_8bit"),
+    "adafactor": ("ift", "full", "optimizer: adafactor"),
+    "sgd": ("cpt", "lora", "optimizer: sgd, extra: {optim_args: momentum=0.9}"),
     "bfloat16": ("ift", "qlora", "weights_dtype: bfloat16"),
     "recomputing": ("cpt", "full", "gradient_checkpointing: true"),
     "unpacked": ("ift", "lora", "packing: false"),
