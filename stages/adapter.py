@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_IMPORTS = ("megatron_config", "tokenizer_kwargs")
+"""Settings by which PEFT imports a module that is named beside them, or loads a tokenizer; none of ours has them."""
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -45,6 +47,22 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         raise InvalidInput(f"{folder}: holds no adapter: {CONFIG} cannot be read") from error
 
 
+def _check_kept(folder: Path) -> None:
+    """Refuse an adapter that is not as `save_adapter` writes it, where that could run code.
+
+    Raises:
+        InvalidInput: its weights are in a pickle, or its settings would import something.
+    """
+    settings = adapter_settings(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise InvalidInput(
+            f"{folder}: no {WEIGHTS}, and adapters are read from safetensors only (a pickle such as adapter_model.bin "
+            "can run code when it is opened); save it again with safe_serialization=True"
+        )
+    if found := [name for name in _IMPORTS if settings.get(name)]:
+        raise InvalidInput(f"{folder / CONFIG}: {found[0]} would import code; remove it, or train the adapter again")
+
+
 def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "PeftModel":
     """The base with the adapter in ``folder`` on it, in eval mode, nothing trainable.
 
@@ -52,9 +70,13 @@ def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "Pef
         base: the plain model that the adapter belongs on; it is changed.
         folder: what `save_adapter` wrote.
         name: what the adapter is called from now on.
+
+    Raises:
+        InvalidInput: it could run code.
     """
     from peft import PeftModel
 
+    _check_kept(folder)
     know_own_types()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -63,7 +85,12 @@ def attach(base: "torch.nn.Module", folder: Path, name: str = "default") -> "Pef
 
 
 def load_beside(model: "PeftModel", folder: Path, name: str) -> None:
-    """Put one more adapter, of the same type, beside those that a model has; the active one stays."""
+    """Put one more adapter, of the same type, beside those that a model has; the active one stays.
+
+    Raises:
+        InvalidInput: it could run code.
+    """
+    _check_kept(folder)
     model.load_adapter(folder, name)
 
 

@@ -152,6 +152,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rule, context = _gguf_metadata(file)
+    bind_renderings()  # the file may bring a chat template, and stop tokens are looked for with it
     try:
         source = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False

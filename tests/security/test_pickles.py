@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hostile import in_archive, write_pickle, write_torch
+from hostile import edit_json, in_archive, write_pickle, write_torch
 
 from stages.errors import InvalidInput, StageFailed
 
@@ -137,6 +137,37 @@ def test_a_parent_whose_weights_became_a_pickle_is_refused_though_its_manifest_w
     (tmp_path / "work").mkdir()
     with pytest.raises(InvalidInput, match=rf"model/pytorch_model\.bin: {CONVERT}"):
         make_stage(job, tmp_path / "work", {}, None)
+    assert not mark.exists()
+
+
+# As an adapter
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_an_adapter_in_a_pickle_is_refused(name, chain, base_model, tmp_path, mark):
+    import torch
+
+    from stages.serving import assemble
+
+    adapter = Path(shutil.copytree(chain.steps[2].artifact.path / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_model.safetensors").unlink()
+    write_torch(adapter / name, mark)
+    with pytest.raises(InvalidInput, match=r"adapter: no adapter_model\.safetensors.*safe_serialization=True"):
+        assemble(base_model, adapter, torch.float32)
+    assert not mark.exists()
+
+
+def test_an_adapter_whose_settings_name_a_module_is_refused(chain, base_model, tmp_path, mark, monkeypatch):
+    import torch
+
+    from stages.serving import assemble
+
+    adapter = Path(shutil.copytree(chain.steps[2].artifact.path / "adapter", tmp_path / "adapter"))
+    (tmp_path / "stranger.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit_json(adapter / "adapter_config.json", megatron_config={"x": 1}, megatron_core="stranger")
+    with pytest.raises(InvalidInput, match=r"adapter_config\.json: megatron_config would import code"):
+        assemble(base_model, adapter, torch.float32)
     assert not mark.exists()
 
 

@@ -2,16 +2,21 @@
 
 import datetime as clock
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 import tiny
 
+from specs.load import SpecError
 from stages import template
+from stages.check import check_spec
 from stages.errors import InvalidInput
+from stages.pipeline import load_pipeline
 from stages.template import check_template, dated, folder_templates
 
 ASKS = "{{ strftime_now('%d %b %Y') }}\n" + tiny.TEMPLATE
@@ -102,12 +107,10 @@ def test_a_hostile_template_ends_in_a_clear_refusal_and_the_process_goes_on(text
     limits = resource.getrlimit(resource.RLIMIT_AS)
     usual = render(tokenizer, CHAT)
     good, tokenizer.chat_template = tokenizer.chat_template, text
-    started = time.process_time()
     with pytest.raises(
         InvalidInput, match=r"the chat template .*another one in the spec \(model\.chat_template\)"
     ) as told:
         render(tokenizer, CHAT)
-    assert time.process_time() - started < 5
     assert tokenizer.name_or_path in str(told.value)
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     tokenizer.chat_template = good
@@ -191,7 +194,6 @@ def test_training_and_evaluation_see_one_date_on_every_day(base_model, tmp_path,
 
     from stages.arguments import trainer_arguments
     from stages.model import load_plain, load_tokenizer
-    from stages.pipeline import load_pipeline
     from stages.rows import conversation_row, preference_row
 
     tiny.write_data(tmp_path)
@@ -223,7 +225,6 @@ def test_training_and_evaluation_see_one_date_on_every_day(base_model, tmp_path,
 
 @pytest.mark.model
 def test_the_released_template_stays_as_it_was_and_the_date_is_part_of_the_identity(tmp_path, run_spec):
-    from stages.pipeline import load_pipeline
     from stages.plan import make_plan
 
     spec = tiny.write_project(tmp_path / "p", tiny.SPEC[: tiny.SPEC.index("  - name: answers")])
@@ -265,3 +266,25 @@ def test_a_rendering_outside_the_main_thread_is_bounded_in_memory_all_the_same(t
     thread.start()
     thread.join(60)
     assert "takes more than 512 MiB" in str(caught[0])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (ASKS, r"model\.chat_template: .*own\.jinja:1: the chat template asks for today's date"),
+        ("{{ messages", r"model\.chat_template: .*own\.jinja:1: not a Jinja template"),
+    ],
+)
+def test_validate_looks_at_the_template_that_a_spec_names(text, wanted, base_model, tmp_path):
+    base = Path(shutil.copytree(base_model, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(ASKS)
+    tiny.write_data(tmp_path)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(tiny.SPEC)
+    with pytest.raises(SpecError, match=r"spec\.yaml:2:\d+: model\.path: .*base/chat_template\.jinja:1: .*date"):
+        check_spec(*load_pipeline(spec))
+    (tmp_path / "own.jinja").write_text(text)
+    spec.write_text(tiny.SPEC.replace("path: base,", "path: base, chat_template: own.jinja,"))
+    with pytest.raises(SpecError, match=rf"spec\.yaml:2:\d+: {wanted}"):
+        check_spec(*load_pipeline(spec))
