@@ -52,10 +52,10 @@ def make_stage(
     stage = _stage(job)
     parent = _start(job)
     with phase("load", durations):
-        require_same_inputs(job)
         refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
         tokenizer = load_tokenizer(parent.model)
         rows, counts = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
+        require_same_inputs(job)  # once they were read: checkpoints are then of what was planned
         for count in counts:
             tell_what_was_left_out(count)
         dataset, masks = stage.dataset(rows, tokenizer)
