@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +23,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows import alive
 from flows.artifacts import Reporter, report_run, report_stage
 from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
-from flows.server import ServerError
+from flows.server import ServerError, embedded_died
 from flows.summary import summarise
 from specs.load import SpecError
 from specs.secrets import redact
@@ -101,9 +102,9 @@ def pipeline(
     else:
         _endings.append(_Ending())
     finally:
-        hooks.close()
         if _endings:  # else it is interrupted
             hooks.report(run)
+        hooks.close()
     kept = sum(outcome.kept for outcome in outcomes)
     return Completed(name="Passed", message=f"{len(outcomes)} steps, {kept} of them kept")
 
@@ -155,6 +156,7 @@ class _PrefectHooks:
         self._step: Step | None = None
         self._asked_to_stop = threading.Event()
         self._done = threading.Event()
+        self._impatient = ExitStack()
         context = FlowRunContext.get()
         self._run = None if context is None else context.flow_run
 
@@ -175,14 +177,14 @@ class _PrefectHooks:
     def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
         """One subflow, named after the stage; while the server is away, the work alone."""
         self._step, self._reporter = step, None
-        if not _server_answers():
+        if not self._reachable():
             self.say(f"the Prefect server does not answer: {step.name} runs all the same, and will not be shown there")
             return body()
 
         def inside() -> Outcome:
             with Reporter(step) as self._reporter:
                 outcome = body()
-            if _server_answers():
+            if self._reachable():
                 report_stage(step, outcome)
             return outcome
 
@@ -219,20 +221,32 @@ class _PrefectHooks:
         return self._asked_to_stop.is_set()
 
     def report(self, run: Run) -> None:
-        """The table of the whole chain; without a server, what the person at the terminal waits for now."""
-        if _server_answers():
+        """The table of the whole chain. A server that is away has some minutes to come back, if it can at all."""
+        retries = get_current_settings().client.max_retries
+        if not self._reachable() and not embedded_died():
+            waits = 2 ** (retries + 1) - 2  # as long as Prefect's client asks
+            self.say(
+                f"the work is done and safe in {run.root}; the Prefect server does not answer and is waited for, up to "
+                f"{waits} s; Ctrl-C leaves at once and loses nothing"
+            )
+            deadline = time.monotonic() + waits
+            while time.monotonic() < deadline and not self._reachable():
+                time.sleep(1)
+        if self._reachable():
             with suppress(TriviumError, SpecError, OSError):
                 report_run(summarise(run.plan()))
-            return
-        waits = 2 ** (get_current_settings().client.max_retries + 1)
-        self.say(
-            f"the work is done and safe in {run.root}; the Prefect server does not answer: trying for about {waits} s "
-            "to tell it; Ctrl-C leaves at once and loses nothing"
-        )
 
     def close(self) -> None:
         """Stop watching."""
         self._done.set()
+
+    def _reachable(self) -> bool:
+        """Whether the server answers. While it does not, Prefect's client asks once, and not for minutes each time."""
+        self._impatient.close()
+        answers = _server_answers()
+        if not answers:
+            self._impatient.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
+        return answers
 
     def _watch_state(self, run: UUID) -> None:
         """A run that a terminal started has no runner that listens for its cancellation: ask for it."""

@@ -66,6 +66,9 @@ ZOMBIE_AUTOMATION: dict[str, Any] = {
 }
 
 
+_embedded: "list[subprocess.Popen[bytes]]" = []
+
+
 class ServerError(TriviumError):
     """The Prefect server cannot be started or used; the message says what to do."""
 
@@ -133,9 +136,15 @@ def embed_server(root: Path, *, ready_seconds: float = 120) -> Callable[[], None
     ]
     own = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
     child = _start(command, log, _server_settings(home, f"http://{HOST}") | own)
+    _embedded.append(child)
     atexit.register(_stop, child)  # ours first, so it is called last: Prefect still sends what it kept
     os.environ["PREFECT_API_URL"] = url
     return lambda: _wait_until_ready(child, url, home, log, ready_seconds)
+
+
+def embedded_died() -> bool:
+    """Whether this process's own server has ended: it will not come back."""
+    return any(child.poll() is not None for child in _embedded)
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, open_browser: bool = True) -> None:

@@ -1,0 +1,52 @@
+"""Runs of the command line that tests interrupt, and what there is to see of them from outside."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import tiny
+
+TRIVIUM = [sys.executable, "-m", "flows.cli"]
+DEADLINE = 240
+ONE_STAGE = tiny.SPEC.partition("  - name: answers")[0].replace(
+    "max_steps: 12, sequence_length: 64", "max_steps: 40, checkpoint_every: 10, sequence_length: 64"
+)
+"""One stage, without the metrics that take seconds."""
+SPEC = "\n".join(line for line in ONE_STAGE.splitlines() if not line.startswith(("  qa:", "  pairs:", "  answers:")))
+
+
+def environment(**settings: str) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | settings
+
+
+def run(spec: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [*TRIVIUM, "run", str(spec), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE, env=environment())
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"timed out: {what}"
+        time.sleep(0.05)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def sealed(spec: Path) -> set[str]:
+    return {file.parent.name for file in spec.parent.glob("artifacts/tiny/.work/*/checkpoints/*/seal.json")}
+
+
+def states(spec: Path, name: str | None = None) -> list[str]:
+    """The types of the states of all flow and task runs, or of those of one name, from the database itself."""
+    with closing(sqlite3.connect(f"file:{spec.parent / 'artifacts/.prefect/prefect.db'}?mode=ro", uri=True)) as found:
+        runs = found.execute("select name, state_type from flow_run union all select name, state_type from task_run")
+        return [state for one, state in runs.fetchall() if name in (None, one)]
