@@ -8,7 +8,7 @@ from crashing import before, checkpoints, disturb, killed, result, stage_job
 from tiny import write_data, write_model
 from transformers import Trainer
 
-from stages import checkpoint, conditions
+from stages import checkpoint, conditions, make
 from stages.artifact import set_aside
 from stages.errors import TryAgain
 from stages.job import Job
@@ -18,7 +18,7 @@ from stages.run import run_job
 
 pytestmark = [pytest.mark.model, pytest.mark.crash]
 
-STEPS = 7
+STEPS = 5
 STAGES = {
     "cpt": ("kind: full", "data/corpus.jsonl, weight: 0.6", "sequence_length: 48"),
     "ift": ("kind: lora, rank: 4", "data/instructions.jsonl, weight: 0.25", "sequence_length: 64, packing: false"),
@@ -54,6 +54,12 @@ train: {{max_steps: {STEPS}, batch_size: 4, micro_batch_size: {micro}, checkpoin
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """A fifth of such a run went into drawing its loss."""
+    monkeypatch.setattr(make, "_draw", lambda *_: None)
 
 
 def killed_in_step(step: int, job: Job, micro_batches: int) -> None:

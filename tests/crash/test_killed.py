@@ -372,7 +372,7 @@ def gated(folder, prepared, tmp_path):
     return make_run
 
 
-def started(*_):
+def started(*_, **__):
     raise AssertionError("a process was started")
 
 
