@@ -6,15 +6,19 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy
+import peft.peft_model
 import torch
 from safetensors import safe_open
+from transformers import modeling_utils
 
 from stages.artifact import damage, read
 from stages.job import STAGE, Job
@@ -100,6 +104,47 @@ def _at(owner: Any, name: str, number: int, where: Matches, *, after: bool) -> A
         setattr(owner, name, stop)
 
     return arrange
+
+
+_WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def photograph(root: Path, album: Path) -> None:
+    """From now on, copy ``root`` before every change of a file in it: what SIGKILL would leave at that moment.
+
+    Python reports its own calls. What the libraries write by themselves is reported around them: see below.
+    """
+    busy: list[bool] = []
+
+    def take() -> None:
+        busy.append(True)
+        shutil.copytree(root, album / f"{len(list(album.iterdir())):04d}", symlinks=True)
+        busy.clear()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if busy or not (event in _WRITES or event == "open"):
+            return
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(str(root)):
+            take()
+
+    def around(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            take()
+            found = real(*arguments, **named)
+            take()
+            return found
+
+        setattr(owner, name, wrapped)
+
+    album.mkdir()
+    around(torch, "save")
+    around(modeling_utils, "safe_save_file")
+    around(peft.peft_model, "safe_save_file")
+    sys.addaudithook(watch)
 
 
 def disturb() -> None:

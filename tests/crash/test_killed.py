@@ -1,12 +1,10 @@
 """SIGKILL in every phase of a step: nothing half-made is used, nothing finished is made again, the result is one."""
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from crashing import Result, after, before, checkpoints, disturb, killed, published, result, stage_job
+from crashing import Result, after, before, checkpoints, disturb, killed, photograph, published, result, stage_job
 from tiny import write_data, write_model
 from transformers import LlamaForCausalLM, Trainer, modeling_utils
 
@@ -172,50 +170,6 @@ def test_a_checkpoint_with_any_of_its_files_missing_is_not_chosen(job):
         (copy / newest.name / name).unlink()
         assert resume_from(copy, EVERY).checkpoint == copy / older.name
         assert not (copy / newest.name).exists()
-
-
-WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-
-
-def photograph(root: Path, album: Path) -> None:
-    """From now on, copy ``root`` before every change of a file in it: what SIGKILL would leave at that moment.
-
-    Python reports its own calls. What the libraries write by themselves is reported around them: see below.
-    """
-    busy = []
-
-    def take() -> None:
-        busy.append(True)
-        shutil.copytree(root, album / f"{len(list(album.iterdir())):04d}", symlinks=True)
-        busy.clear()
-
-    def watch(event: str, arguments: tuple) -> None:
-        if busy or not (event in WRITES or event == "open"):
-            return
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        if isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(str(root)):
-            take()
-
-    def around(owner, name):
-        real = getattr(owner, name)
-
-        def wrapped(*arguments, **named):
-            take()
-            found = real(*arguments, **named)
-            take()
-            return found
-
-        setattr(owner, name, wrapped)
-
-    import peft.peft_model
-    import torch
-
-    album.mkdir()
-    around(torch, "save")
-    around(modeling_utils, "safe_save_file")
-    around(peft.peft_model, "safe_save_file")
-    sys.addaudithook(watch)
 
 
 def test_at_no_moment_is_anything_half_made_taken_for_whole(folder, job, wanted, tmp_path):
