@@ -16,7 +16,7 @@ from stages.artifact import MODEL_FILES, sha256
 from stages.conditions import MEMORY_ONLY
 from stages.data import digests, files_of
 from stages.documents import read_json, write_json
-from stages.errors import InvalidInput
+from stages.errors import InvalidInput, StageFailed
 from stages.job import Job
 from stages.metrics.harness import is_task_file, task_files
 from stages.objective import ObjectiveSpec
@@ -193,11 +193,14 @@ def require_same_inputs(job: Job) -> None:
     """Hash for real what a step reads: what changed meanwhile must not be recorded as what the step was made from.
 
     Raises:
-        InvalidInput: files are others than those that the step was planned with; the message names them.
+        StageFailed: files are others than those that the step was planned with; the message names them.
     """
-    changed = _changed_in_base(job) if job.kind == BASE else _changed_in_stage(job)
+    try:
+        changed = _changed_in_base(job) if job.kind == BASE else _changed_in_stage(job)
+    except InvalidInput as error:  # one that went, or can no longer be read
+        changed = [str(error)]
     if changed:
-        raise InvalidInput(
+        raise StageFailed(
             f"{job.name}: changed since this run was planned: {', '.join(changed)}. Nothing is published; "
             "put back what was there, or run again: the step is then made from what is there now"
         )

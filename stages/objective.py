@@ -57,7 +57,7 @@ class ObjectiveSpec(StageSpec):
 
     method: Method
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     """Part of a stage's identity: raise it when the objective computes something else."""
     trainer_config: ClassVar[tuple[str, str]] = ("trl.trainer.sft_config", "SFTConfig")
     """Module and name of the trainer's arguments class, for checking `train.extra` without importing it."""

@@ -13,7 +13,7 @@ from tiny import write_data, write_model, write_rows
 
 from stages import checkpoint, train
 from stages.artifact import MODEL
-from stages.errors import InvalidInput
+from stages.errors import StageFailed, TriviumError
 from stages.job import Job
 from stages.run import run_job
 
@@ -46,7 +46,7 @@ def refusal(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr("stages.make.load_plain", load)
-            with pytest.raises(InvalidInput) as caught:
+            with pytest.raises(TriviumError) as caught:
                 run_job(job)
         assert not Path(job.target).exists()
         return str(caught.value)
@@ -157,7 +157,7 @@ def test_a_data_file_that_changes_during_a_run_fails_the_stage_and_old_and_new_a
     kept: list[bytes] = []
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: kept.append(rewrite(file)))
-        with pytest.raises(InvalidInput) as caught:
+        with pytest.raises(StageFailed) as caught:
             run_job(job)
     assert str(caught.value) == (
         f"only: changed since this run was planned: {file}. Nothing is published; put back what was there, or run "
@@ -190,6 +190,6 @@ def test_a_data_file_that_went_during_a_run_is_named(project, monkeypatch):
     file = project / "data/corpus.jsonl"
     job = only_job(write_spec(project, train=EVERY), project / "runs")
     at_step(monkeypatch, 3, file.unlink)
-    with pytest.raises(InvalidInput, match=r"corpus\.jsonl: no such file"):
+    with pytest.raises(StageFailed, match=r"corpus\.jsonl: no such file\. Nothing is published"):
         run_job(job)
     assert not Path(job.target).exists()

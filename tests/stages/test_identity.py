@@ -10,7 +10,7 @@ from specs.base import Spec, identity_fields
 from specs.model import ModelSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
-from stages.errors import InvalidInput
+from stages.errors import StageFailed
 from stages.identity import changes, require_same_inputs
 from stages.ift import Ift
 from stages.pipeline import Pipeline
@@ -142,7 +142,7 @@ def test_what_changed_since_the_plan_is_named_though_size_and_time_are_equal(pro
     require_same_inputs(job)
     place = project.folder / file
     rewrite_unnoticed(place, place.read_bytes().swapcase())
-    with pytest.raises(InvalidInput) as caught:
+    with pytest.raises(StageFailed) as caught:
         require_same_inputs(job)
     assert str(caught.value) == (
         f"{name}: changed since this run was planned: {place}. Nothing is published; put back what was there, or run "
@@ -155,7 +155,7 @@ def test_a_file_of_the_base_that_came_or_went_is_named(project, harm):
     (project.folder / "base/tokenizer.json").write_text("{}")
     job = job_of(project, "base")
     harm(project.folder / "base/tokenizer.json")
-    with pytest.raises(InvalidInput, match=r"base/tokenizer\.(json \(it went\)|model)\. Nothing is published"):
+    with pytest.raises(StageFailed, match=r"base/tokenizer\.(json \(it went\)|model)\. Nothing is published"):
         require_same_inputs(job)
 
 
@@ -165,8 +165,8 @@ def test_of_several_files_of_a_source_the_one_that_changed_is_named(project):
         (project.folder / f"data/{name}.txt").write_text(name)
     job = job_of(project, "knowledge")
     (project.folder / "data/b.txt").write_text("B")
-    with pytest.raises(InvalidInput, match=r"planned: \S+/data/b\.txt\. Nothing is published"):
+    with pytest.raises(StageFailed, match=r"planned: \S+/data/b\.txt\. Nothing is published"):
         require_same_inputs(job)
     (project.folder / "data/b.txt").unlink()
-    with pytest.raises(InvalidInput, match=r"planned: \S+/data/\*\.txt \(a file went\)"):
+    with pytest.raises(StageFailed, match=r"planned: \S+/data/\*\.txt \(a file went\)"):
         require_same_inputs(job)

@@ -220,7 +220,7 @@ def test_data_that_changes_while_the_stage_runs_is_refused(change, before_answer
         return found
 
     monkeypatch.setattr(make, "fit", meanwhile)
-    with pytest.raises(InvalidInput, match=r"instructions\.jsonl|data"):
+    with pytest.raises(StageFailed, match=r"instructions\.jsonl.*Nothing is published"):
         run_job(before_answers)
     assert not Path(before_answers.target).exists()
 
@@ -228,7 +228,7 @@ def test_data_that_changes_while_the_stage_runs_is_refused(change, before_answer
 def test_data_that_changed_between_the_plan_and_the_run_is_refused(before_answers):
     file = Path(before_answers.folder) / "data/instructions.jsonl"
     file.write_text(file.read_text().replace("say", "sing", 1))
-    with pytest.raises(InvalidInput):
+    with pytest.raises(StageFailed, match=r"instructions\.jsonl\. Nothing is published"):
         run_job(before_answers)
     assert not Path(before_answers.target).exists()
 
