@@ -8,7 +8,8 @@ from pydantic import Field, SerializeAsAny
 
 from specs.base import Spec, name_only
 from specs.data import DataSpec
-from specs.gate import GateSpec, MetricSpec
+from specs.gate import GateSpec
+from specs.metric import MetricSpec
 from specs.model import ModelSpec
 from specs.paths import Slug
 from specs.train import TrainSpec

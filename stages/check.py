@@ -7,9 +7,9 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from specs.data import DataSpec
-from specs.gate import MetricSpec
 from specs.load import Document, Problem, SpecError
 from specs.load import read as read_document
+from specs.metric import MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from specs.train import Optimizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from specs.gate import MetricSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import MetricSpec, PerplexitySpec, PreferenceSpec
 from stages.documents import read_sealed, write_sealed
 from stages.errors import InvalidInput
 from stages.measure import Measure

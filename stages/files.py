@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specs.data import DataSpec
-from specs.gate import LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import LmEvalSpec, MetricSpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
-from specs.gate import LmEvalSpec, MetricSpec
+from specs.metric import LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import BASE
 from stages.artifact import MODEL_FILES, sha256

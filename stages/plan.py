@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
-from specs.gate import PreferenceSpec
+from specs.metric import PreferenceSpec
 from specs.pipeline import BASE, PREVIOUS
 from stages import checkpoint, evaluate
 from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short

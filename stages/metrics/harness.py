@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from specs.explain import shown
-from specs.gate import LmEvalSpec
 from specs.load import SpecError
 from specs.load import read as read_document
+from specs.metric import LmEvalSpec
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.template import bounded

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specs.gate import PerplexitySpec
+from specs.metric import PerplexitySpec
 from stages.conversation import Encoded, encode_conversation
 from stages.data import Count, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput

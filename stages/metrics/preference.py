@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specs.gate import PreferenceSpec
+from specs.metric import PreferenceSpec
 from stages.conversation import Encoded, encode_conversation
 from stages.data import Count, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput

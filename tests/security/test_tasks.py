@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from specs.gate import LmEvalSpec
 from specs.load import SpecError
+from specs.metric import LmEvalSpec
 from stages.check import check_spec
 from stages.errors import InvalidInput
 from stages.metrics import harness

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from specs.base import Spec, fingerprint, identity_fields
 from specs.data import DataSpec
-from specs.gate import GateSpec, LmEvalSpec, PerplexitySpec, PreferenceSpec, absolute
+from specs.gate import GateSpec, absolute
 from specs.load import SpecError, load
+from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.train import SMOOTHED_LOSSES, CptTrainSpec, DpoLoss, DpoTrainSpec, IftTrainSpec, TrainSpec
 from stages.methods.base import MethodSpec

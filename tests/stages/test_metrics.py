@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import sentences, write_data, write_rows
 
-from specs.gate import LmEvalSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
 from stages import evaluate
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
