@@ -1,0 +1,109 @@
+"""Runs that a runner starts: cancelled, their runner told to stop, their runner killed. Nothing keeps running."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import tiny
+from running import SPEC, environment, is_gone, sealed, wait_for
+
+from flows.server import project_server
+
+pytestmark = pytest.mark.flow
+REPOSITORY = Path(__file__).parents[2]
+SERVE = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+if __name__ == "__main__":
+    from pathlib import Path
+    from flows.server import use_project_server
+    use_project_server(Path(sys.argv[1]))
+    from flows.served import serve
+    serve("served")
+"""
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_project(tmp_path_factory.mktemp("served"), SPEC.replace("max_steps: 40", "max_steps: 20000"))
+
+
+@pytest.fixture(scope="module")
+def client(spec: Path) -> Iterator[httpx.Client]:
+    root = spec.parent / "artifacts"
+    with project_server(root) as url:
+        login = (root / ".prefect/credentials").read_text().strip().split(":")
+        with httpx.Client(base_url=url, auth=httpx.BasicAuth(*login), timeout=60) as client:
+            token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
+            yield client
+
+
+@contextmanager
+def serving(spec: Path) -> Iterator[subprocess.Popen[bytes]]:
+    path, log = spec.with_name("serve.py"), spec.with_name("serve.log")
+    path.write_text(SERVE)
+    with log.open("ab") as output:
+        runner = subprocess.Popen(
+            [sys.executable, path, spec.parent / "artifacts"], env=environment(), stdout=output, stderr=output
+        )
+    try:
+        yield runner
+    finally:
+        runner.kill()
+        runner.wait()
+
+
+def started(client: httpx.Client, runner: subprocess.Popen[bytes], spec: Path) -> tuple[str, list[psutil.Process]]:
+    """Start a run through the API; its id and the processes of its tree once it has sealed a new checkpoint."""
+    before = sealed(spec)
+
+    def deployment() -> dict[str, Any] | None:
+        answer = client.get("/deployments/name/trivium/served")
+        return answer.json() if answer.status_code == 200 and runner.poll() is None else None
+
+    wait_for(deployment, "the deployment")
+    parameters = {"spec": str(spec), "root": str(spec.parent / "artifacts"), "until_stage": "knowledge"}
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    one = client.post(f"/deployments/{deployment()['id']}/create_flow_run", json=body).raise_for_status().json()
+    wait_for(lambda: sealed(spec) - before, "a checkpoint")
+    below = psutil.Process(runner.pid).children(recursive=True)
+    flow = next(one.parent() for one in below if "stages.run" in one.cmdline())
+    assert flow is not None
+    return one["id"], [flow, *flow.children(recursive=True)]
+
+
+def state(client: httpx.Client, run: str) -> str:
+    answer = client.get(f"/flow_runs/{run}")
+    return answer.json()["state"]["type"] if answer.status_code == 200 else "unknown"  # 503: SQLite is locked
+
+
+def test_a_run_cancelled_under_its_runner_saves_ends_with_its_tree_and_is_cancelled(
+    spec: Path, client: httpx.Client
+) -> None:
+    with serving(spec) as runner:
+        one, tree = started(client, runner, spec)
+        before = sealed(spec)
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": True}
+        client.post(f"/flow_runs/{one}/set_state", json=body).raise_for_status()
+        wait_for(lambda: all(map(is_gone, tree)), "the whole tree to end")
+        wait_for(lambda: state(client, one) == "CANCELLED", "the state")
+    assert sealed(spec) - before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_runner_that_ends_takes_its_runs_along(spec: Path, client: httpx.Client, number: signal.Signals) -> None:
+    with serving(spec) as runner:
+        one, tree = started(client, runner, spec)
+        before = sealed(spec)
+        runner.send_signal(number)
+        wait_for(lambda: all(map(is_gone, tree)), "the whole tree to end")
+        wait_for(lambda: state(client, one) in {"CRASHED", "CANCELLED"}, "the state")
+    assert sealed(spec) - before
