@@ -232,11 +232,15 @@ def test_two_runs_of_one_spec_do_not_meet(slow_project: Path) -> None:
     command = [*TRIVIUM, "run", str(slow_project), "--no-prefect", "--until", "knowledge"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         until_first_checkpoint(slow_project)
+        [job] = slow_project.parent.glob("artifacts/tiny/.jobs/knowledge-*.json")
+        before = job.stat()
         second = run(slow_project, "--no-prefect", "--until", "knowledge")
+        after = job.stat()
         first.send_signal(signal.SIGTERM)
         first.wait(DEADLINE)
     assert second.returncode == 75
     assert "is being worked on by process" in second.stderr
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_chat_answers_and_leaves(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

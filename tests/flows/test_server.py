@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,20 @@ from flows import server
 """
 EMBEDDED_RUN = """
 print(repr(server.use_project_server(Path(sys.argv[1]))))
+ready = server.embed_server(Path(sys.argv[1]))
 from prefect import flow, get_client, settings
+ready()
 @flow(name="embedded")
 def embedded(): return 7
 assert embedded() == 7
 print(settings.PREFECT_HOME.value())
 print(settings.get_current_settings().server.analytics_enabled)
+print(settings.get_current_settings().client.max_retries)
+import psutil
+[own] = psutil.Process().children()
+print(*{one.laddr.ip for one in own.net_connections("inet") if one.status == psutil.CONN_LISTEN})
+import httpx
+print(httpx.get(settings.PREFECT_API_URL.value() + "/admin/version", trust_env=False).status_code)
 """
 SCHEDULED_FLOW = """
 if __name__ == "__main__":
@@ -92,6 +102,14 @@ def listed(client: httpx.Client, what: str, **body: Any) -> list[dict[str, Any]]
     return [] if answer.status_code == 503 else answer.raise_for_status().json()  # 503: SQLite is locked
 
 
+def posted(client: httpx.Client, path: str, body: Any) -> Any:
+    def answer() -> list[Any] | None:
+        found = client.post(path, json=body)
+        return None if found.status_code == 503 else [found.raise_for_status().content and found.json()]
+
+    return eventually(answer, 60)[0]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("project")
@@ -107,7 +125,8 @@ def other_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embedded_output(root: Path) -> str:
     """A run on the embedded server, before any other server used the root; the proxy must not be asked."""
     path = script(root / "embedded.py", EMBEDDED_RUN)
-    return python(path, root, HTTP_PROXY="http://127.0.0.1:9", PREFECT_PROFILE="of-the-user")
+    own = {"PREFECT_PROFILE": "of-the-user", "PREFECT_CLIENT_MAX_RETRIES": "2"}
+    return python(path, root, HTTP_PROXY="http://127.0.0.1:9", **own)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +145,9 @@ def record(root: Path) -> dict[str, Any]:
     return json.loads((root / ".prefect" / "server.json").read_text())
 
 
-def test_the_embedded_server_uses_the_project_home(root: Path, embedded_output: str) -> None:
-    assert embedded_output.split() == ["''", str(root / ".prefect"), "False"]
+def test_the_embedded_server_uses_the_project_home_on_loopback_with_a_login(root: Path, embedded_output: str) -> None:
+    """And how long its client tries again is the user's to say."""
+    assert embedded_output.split() == ["''", str(root / ".prefect"), "False", "2", "127.0.0.1", "401"]
     assert (root / ".prefect" / "prefect.db").exists()
 
 
@@ -251,6 +271,47 @@ def test_a_killed_ui_takes_its_server_along(other_root: Path) -> None:
         pid = record(other_root)["pid"]
         ui.kill()
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 30)
+
+
+def test_a_run_without_heartbeat_crashes_and_one_that_waits_for_a_person_does_not(
+    other_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger = server.ZOMBIE_AUTOMATION["trigger"] | {"within": 10}
+    monkeypatch.setattr(server, "ZOMBIE_AUTOMATION", server.ZOMBIE_AUTOMATION | {"trigger": trigger})
+    with server.project_server(other_root) as url, client_of(other_root, url) as client:
+        flow = posted(client, "/flows/", {"name": "left"})["id"]
+        runs = []
+        for _ in range(2):
+            body = {"flow_id": flow, "state": {"type": "RUNNING"}}
+            runs.append(posted(client, "/flow_runs/", body)["id"])
+            beat = {
+                "event": "prefect.flow-run.heartbeat",
+                "resource": {"prefect.resource.id": f"prefect.flow-run.{runs[-1]}"},
+                "occurred": datetime.now(UTC).isoformat(),
+                "id": str(uuid.uuid4()),
+            }
+            posted(client, "/events", [beat])
+        silent, waiting = runs
+        paused = {"state": {"type": "PAUSED", "name": "AwaitingApproval"}, "force": True}
+        posted(client, f"/flow_runs/{waiting}/set_state", paused)
+
+        def state(run: str) -> dict[str, Any]:
+            answer = client.get(f"/flow_runs/{run}")
+            return answer.json()["state"] if answer.status_code == 200 else {"type": "503"}
+
+        eventually(lambda: state(silent)["type"] == "CRASHED", 120)
+        assert state(silent)["message"] == "No heartbeat for 180 s"
+        assert state(waiting)["name"] == "AwaitingApproval"
+
+
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect/prefect.db").write_text("no database at all" * 100)
+    with pytest.raises(
+        server.ServerError, match=r"prefect\.db: Prefect's database is damaged .* use --no-prefect"
+    ) as caught:
+        server.serve_ui(tmp_path, open_browser=False)
+    assert caught.value.exit_code == 2
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
