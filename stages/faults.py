@@ -38,6 +38,8 @@ def explain(error: BaseException, job: Job | None = None, phase: str = "") -> Tr
         phase: what it was at: `load`, `train`, `merge`, `evaluate`, `release`.
     """
     for cause in _causes(error):
+        if isinstance(cause, TriviumError):
+            continue  # its words are not evidence: a stage's reason, and a row that is quoted, may speak of memory
         if (reason := _full(cause)) is not None:
             return StageFailed(_disk_message(cause, reason, job, phase))
         if isinstance(cause, MemoryError) or _errno(cause) == errno.ENOMEM or _MEMORY.search(str(cause)):
@@ -60,7 +62,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _errno(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = None if isinstance(error, TriviumError) else _OS_ERROR.search(str(error))
+    found = _OS_ERROR.search(str(error))
     return None if found is None else int(found.group(1))
 
 
@@ -102,8 +104,8 @@ def _about_needed(job: Job | None, phase: str) -> int | None:
     if job is None or job.start is None:
         return None
     if phase == "train":
-        sealed = [path for path in checkpoint.by_step(Path(job.work) / "checkpoints") if checkpoint.is_whole(path)]
-        return _bytes_below(sealed[0]) if sealed else None
+        newest = checkpoint.newest_sealed(Path(job.work) / "checkpoints")
+        return None if newest is None else _bytes_below(newest)
     return _bytes_below(Path(job.start) / "model") or None if phase == "merge" else None
 
 

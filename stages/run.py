@@ -1,7 +1,7 @@
 """The process of one step, from its job file to its published artifact: ``python -m stages.run JOB``.
 
-With ``--wait`` the process imports the heavy
-libraries first and then reads the path of its job from stdin, so that a chain's next stage costs no imports.
+With ``--wait`` the process imports the heavy libraries first and then reads the path of its job from stdin, so that a
+chain's next stage costs no imports.
 """
 
 import os
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
     try:
         return _run(Path(line), imported=True) if line else 0
     finally:
-        heartbeat.end_orphans(parent)
+        heartbeat.end_children()
 
 
 def _run(job_file: Path, *, imported: bool) -> int:

@@ -145,6 +145,7 @@ def bind_renderings() -> None:
         return found
 
     def with_our_clock(text: str) -> Any:
+        # Not as a variable of the rendering: transformers turns whatever it passes to a template into plain values.
         template = compiled(text)
         template.environment.globals[CLOCK] = _strftime
         return template
@@ -184,8 +185,9 @@ def bounded(what: str, remedy: str) -> Iterator[None]:
         yield
     except _TooSlowError as error:
         raise InvalidInput(f"{what} takes more than {SECONDS:g} s for one text; {remedy}") from error
-    except (MemoryError, OverflowError) as error:
-        raise InvalidInput(f"{what} takes more than {MEMORY >> 20} MiB for one text; {remedy}") from error
+    except (MemoryError, OverflowError):
+        # From nothing: the machine has memory, and whoever explains the error must not say that it has not.
+        raise InvalidInput(f"{what} takes more than {MEMORY >> 20} MiB for one text; {remedy}") from None
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)

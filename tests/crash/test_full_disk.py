@@ -242,3 +242,15 @@ def test_a_full_disk_beneath_an_error_of_ours_is_told_as_what_it_is():
     ours = InvalidInput("hub: cannot be fetched")
     ours.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/nowhere/models/blob")
     assert str(explain(ours)).startswith("the disk is full: /nowhere/models/blob cannot be written (")
+
+
+def test_a_full_disk_is_told_at_once_without_reading_the_checkpoints_again(project, tmp_path, monkeypatch):
+    job = only_job(write_spec(project), tmp_path)
+    place = Path(job.work) / "checkpoints/checkpoint-1"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").write_bytes(bytes(5000))
+    checkpoint.seal(place)
+    monkeypatch.setattr(checkpoint, "sha256", lambda _file: pytest.fail("hashed, which takes minutes at full size"))
+    told = str(explain(OSError(errno.ENOSPC, "No space left on device"), job, "train"))
+    assert ", about 5." in told
+    assert told.endswith(f"{REMEDY}: it resumes at step 1")

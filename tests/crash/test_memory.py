@@ -157,5 +157,18 @@ def test_an_error_of_ours_stays_itself_unless_memory_or_disk_ran_out_beneath_it(
     assert explain(ours).exit_code == StageFailed.exit_code
 
 
+@pytest.mark.parametrize(
+    "ours",
+    [
+        StageFailed("stage only, train: out of memory. What helps, in this order: (1) lower train.micro_batch_size"),
+        StageFailed("only: its process was killed by SIGKILL (out of memory? lower train.micro_batch_size)"),
+        InvalidInput("data/rows.jsonl:3: no field text in {'note': 'out of memory'}"),
+    ],
+)
+def test_an_error_of_ours_is_not_judged_by_its_words(ours):
+    """A step's reason comes to the command as text, where it is explained once more."""
+    assert explain(ours) is ours
+
+
 def test_any_other_error_keeps_its_kind_and_text():
     assert str(explain(ZeroDivisionError("division by zero"))) == "ZeroDivisionError: division by zero"

@@ -16,6 +16,7 @@ from specs.load import SpecError
 from stages import template
 from stages.check import check_spec
 from stages.errors import InvalidInput
+from stages.faults import explain
 from stages.pipeline import load_pipeline
 from stages.template import check_template, dated, folder_templates
 
@@ -112,6 +113,7 @@ def test_a_hostile_template_ends_in_a_clear_refusal_and_the_process_goes_on(text
     ) as told:
         render(tokenizer, CHAT)
     assert tokenizer.name_or_path in str(told.value)
+    assert explain(told.value) is told.value  # what the template asked for is not what the machine lacks
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     tokenizer.chat_template = good
     assert render(tokenizer, CHAT) == usual
