@@ -212,8 +212,8 @@ def _changed_in_base(job: Job) -> list[str]:
     changed = [str(file) for file in base_files(spec, folder) if known.pop(file.name, None) != sha256(file)]
     if spec.path is not None:
         changed += [f"{folder / spec.path / name} (it went)" for name in known]
-    if spec.chat_template is not None and sha256(folder / spec.chat_template) != job.identity["chat_template"]:
-        changed.append(str(folder / spec.chat_template))
+    if spec.chat_template is not None:
+        changed += _other_content(folder / spec.chat_template, job.identity["chat_template"])
     return changed
 
 
@@ -225,10 +225,19 @@ def _changed_in_stage(job: Job) -> list[str]:
         if (found := digests(source, folder)) != known:
             files = zip(files_of(source, folder), found, strict=False)
             new = [str(file) for file, digest in files if digest not in known]
-            changed += new or [f"{folder / str(source.path)} (a file went)"]
-    kept = job.identity["stage"]["method"]
-    files_by_field = {field: folder / name for field, name in _method_files(stage).items()}
-    return changed + [str(file) for field, file in files_by_field.items() if sha256(file) != kept[field]]
+            how = "a file went" if len(found) < len(known) else "its files changed places"
+            changed += new or [f"{folder / str(source.path)} ({how})"]
+    for field, name in _method_files(stage).items():
+        changed += _other_content(folder / name, job.identity["stage"]["method"][field])
+    return changed
+
+
+def _other_content(file: Path, known: str) -> list[str]:
+    """A file, as a message names it, that is not what it was."""
+    try:
+        return [] if sha256(file) == known else [str(file)]
+    except OSError as error:
+        return [f"{file} ({error.strerror})"]
 
 
 def metric_digests(spec: MetricSpec, folder: Path, digest: Digests) -> list[str]:

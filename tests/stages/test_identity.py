@@ -159,6 +159,16 @@ def test_a_file_of_the_base_that_came_or_went_is_named(project, harm):
         require_same_inputs(job)
 
 
+@pytest.mark.parametrize(("name", "file"), [("knowledge", "scan.json"), ("base", "own.jinja")])
+def test_a_file_beside_base_and_data_that_went_is_named_with_the_remedy(project, name, file):
+    (project.folder / "own.jinja").write_text("{{ messages }}")
+    project.edit(("path: base,", "path: base, chat_template: own.jinja,"))
+    job = job_of(project, name)
+    (project.folder / file).unlink()
+    with pytest.raises(StageFailed, match=rf"planned: \S+/{file} \(No such file or directory\)\. Nothing is published"):
+        require_same_inputs(job)
+
+
 def test_of_several_files_of_a_source_the_one_that_changed_is_named(project):
     project.edit(("data: [{path: data/corpus.jsonl}]", "data: [{path: data/*.txt}]"))
     for name in ("a", "b", "c"):
@@ -166,6 +176,10 @@ def test_of_several_files_of_a_source_the_one_that_changed_is_named(project):
     job = job_of(project, "knowledge")
     (project.folder / "data/b.txt").write_text("B")
     with pytest.raises(StageFailed, match=r"planned: \S+/data/b\.txt\. Nothing is published"):
+        require_same_inputs(job)
+    (project.folder / "data/b.txt").write_text("c")
+    (project.folder / "data/c.txt").write_text("b")
+    with pytest.raises(StageFailed, match=r"planned: \S+/data/\*\.txt \(its files changed places\)"):
         require_same_inputs(job)
     (project.folder / "data/b.txt").unlink()
     with pytest.raises(StageFailed, match=r"planned: \S+/data/\*\.txt \(a file went\)"):
