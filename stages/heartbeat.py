@@ -66,10 +66,14 @@ class Life:
         return abs(below - before) > _IDLE_SHARE * seconds  # one that ended takes its share along
 
 
-def end_orphans(parent: int) -> None:
-    """Kill this process and all that it started, if the parent that would do so is gone."""
-    if os.getppid() != parent:
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+def end_children() -> None:
+    """Kill whatever this process started: the parent that would do so may be gone.
+
+    May be: its main thread dies first, the kernel says so then, and for a moment it is still our parent.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
 
 
 def _watch(parent: int, beat: float, orphaned: float) -> None:
@@ -83,7 +87,7 @@ def _watch(parent: int, beat: float, orphaned: float) -> None:
         if os.getppid() != parent:
             gone = gone or now
             if now - gone >= orphaned:
-                end_orphans(parent)
+                os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _computed() -> float:

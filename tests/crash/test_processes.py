@@ -206,6 +206,24 @@ def test_looking_for_signs_of_life_is_none() -> None:
     assert not any(life.moves(seconds=heartbeat.BEAT) for _ in range(20))
 
 
+def test_a_hung_stage_is_shown_as_crashed_with_the_reason() -> None:
+    from flows.pipeline import _failed
+
+    state = _failed(StageSilent("knowledge: its process gave no sign of life for 300 s"))
+    assert (state.is_crashed(), state.message) == (True, "knowledge: its process gave no sign of life for 300 s")
+
+
+def test_a_process_is_offline_where_its_spec_is_whatever_the_environment_says(
+    working: Callable[[str], StageProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    child = working("""
+        def work(job, preemption):
+            event("told", offline=os.environ["HF_HUB_OFFLINE"])
+    """)
+    assert until(child.events(), "told")["offline"] == "1"
+
+
 # Asked to stop
 
 

@@ -175,6 +175,36 @@ def test_wrong_usage_ends_with_2(
     assert "Traceback" not in refused.stderr
 
 
+def test_a_root_that_cannot_be_written_is_named_without_a_traceback(project: Path) -> None:
+    root = project / "spec.yaml" / "artifacts"
+    refused = trivium("run", project / "spec.yaml", "--no-prefect", "--root", root)
+    assert refused.returncode == 4
+    assert "trivium: " in refused.stderr
+    assert str(root) in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("edit", "is_offline"),
+    [
+        (("", ""), True),
+        (("{path: base,", f"{{hub: a/b, revision: '{COMMIT}',"), False),
+        (("task: tasks/qa.yaml", "task: arc_easy"), False),
+        (("{path: data/corpus.jsonl}", f"{{hub: a/b, revision: '{COMMIT}', files: '*.jsonl'}}"), False),
+        (("{path: data/heldout.jsonl}", f"{{hub: a/b, revision: '{COMMIT}', files: '*.jsonl'}}"), False),
+    ],
+    ids=["files", "model", "task", "data", "metric"],
+)
+def test_a_stages_process_is_offline_unless_the_spec_names_the_hub(
+    project: Path, edit: tuple[str, str], is_offline: bool
+) -> None:
+    from stages.pipeline import load_pipeline
+
+    assert edit[0] in tiny.SPEC
+    (project / "spec.yaml").write_text(tiny.SPEC.replace(*edit, 1) if edit[0] else tiny.SPEC)
+    assert load_pipeline(project / "spec.yaml")[0].is_offline is is_offline
+
+
 @pytest.mark.parametrize(
     ("columns", "is_terminal", "wanted"),
     [
