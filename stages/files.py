@@ -10,13 +10,14 @@ from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
 from stages.errors import InvalidInput
-from stages.foreign import model_problems
 from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
 from stages.metrics.harness import is_task_file, task_files
 from stages.paths import astray, irregular
+from stages.remote_code import FIELD, allowing, trusted
 from stages.rows import any_scored_row, preference_row
+from stages.template import check_template, folder_templates, read_template
 
 Found = list[tuple[Location, str]]
 """Problems: each with its place in the spec and a message."""
@@ -50,7 +51,7 @@ def check_model(model: ModelSpec, folder: Path, found: Found) -> Layout | None:
         if problem:
             found.append((("model", "chat_template"), problem))
     if len(found) == before:  # what lies elsewhere, or is no file, is not opened
-        found += model_problems(model, folder)
+        _check_programs(model, folder, found)
     return layouts[0] if layouts else None
 
 
@@ -123,6 +124,32 @@ def missing(package: str) -> str | None:
     """That a package is needed, and how to get it, where it is not installed."""
     there = importlib.util.find_spec(package) is not None
     return None if there else f"needs the package {package}: pip install {package}"
+
+
+def _check_programs(model: ModelSpec, folder: Path, found: Found) -> None:
+    """What a base brings beside its numbers: code and chat templates. Of a GGUF file or a hub model none is here."""
+    template = None if model.chat_template is None else folder / model.chat_template
+    if template is not None:
+        own, place = template, ("model", "chat_template")
+        _try(found, place, lambda: check_template(own, read_template(own), model.template_date))
+    if model.path is None:
+        return
+    base = folder / model.path
+    field = "path" if model.allow_remote_code is None else "allow_remote_code"
+    _try(found, ("model", field), lambda: _check_code(model, base))
+    if template is None:
+        _try(found, ("model", "path"), lambda: _check_templates(model, base))
+
+
+def _check_code(model: ModelSpec, base: Path) -> None:
+    with allowing(model.allow_remote_code):
+        if not trusted(base) and model.allow_remote_code is not None:
+            raise InvalidInput(f"{base}: names no code in its config (auto_map), so none would run; remove {FIELD}")
+
+
+def _check_templates(model: ModelSpec, base: Path) -> None:
+    for file, text in folder_templates(base):
+        check_template(file, text, model.template_date)
 
 
 def _unreadable(name: str, files: list[Path], folder: Path) -> list[str]:
