@@ -107,7 +107,10 @@ def _unfit(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"no key of a task that a spec may name; allowed are {', '.join(_KEYS)}"
     yield from _unfit_rows(config.get("dataset_path"), config.get("dataset_kwargs"))
     metrics = config.get("metric_list") or []
-    for metric in metrics if isinstance(metrics, list) else [metrics]:
+    if not isinstance(metrics, list):
+        yield "metric_list", f"found {shown(metrics)}; it is a list, an entry for each metric: `- metric: acc`"
+        return
+    for metric in metrics:
         if not isinstance(metric, dict) or not re.fullmatch(r"\w+", str(metric.get("metric"))):
             yield "metric_list", "each metric is named by a word: `- metric: acc`"
         elif metric.get("hf_evaluate"):

@@ -46,6 +46,7 @@ HOSTILE = {
     "group: many": r":13:\d+: group: names other tasks",
     "made_up: 1": r":13:\d+: made_up: no key of a task .*allowed are task, ",
 }
+METRICS = QA[QA.index("metric_list:") : QA.index("\nmetadata:")]
 CHANGED = {
     (
         "dataset_path: json",
@@ -61,6 +62,7 @@ CHANGED = {
     ): r":3:\d+: dataset_kwargs: token is not",
     ("metric: acc,", "metric: ./evil,"): r":9:\d+: metric_list: each metric is named by a word",
     ("metric: acc,", "metric: acc, hf_evaluate: true,"): r":9:\d+: metric_list: hf_evaluate runs a script",
+    (METRICS, "metric_list: {metric: acc}"): r":9:\d+: metric_list: found .*; it is a list, an entry for each metric",
     ("task: tiny_qa", "task: [tiny_qa]"): r"a task YAML names its task",
     ("test: qa.jsonl", "test: 'https://example.org/qa.jsonl'"): r"does not exist",
 }
