@@ -2,27 +2,20 @@
 
 transformers renders them in a sandbox that lets nothing out. It does not end a loop, cap what a template writes or
 stop the clock: a template that asks for today's date would make the training text depend on the day of the run. So
-every rendering of a process, by whomever asked for, passes `bound`.
+every rendering of a process, by whomever asked for, is `bounded`, and sees the date that `dated` gives.
 """
 
-import resource
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from stages.bounds import bounded
 from stages.documents import read_json
 from stages.errors import InvalidInput
 
-SECONDS = 5.0
-"""Processor time that one rendering may take; a long conversation takes a hundredth of a second."""
-MEMORY = 1 << 29
-"""Bytes by which the process may grow during one rendering."""
 CHARACTERS = 1 << 24
 """Length of the longest text that one conversation may become."""
 LONGEST = 1 << 20
@@ -153,52 +146,3 @@ def bind_renderings() -> None:
     PreTrainedTokenizerBase.apply_chat_template = apply_chat_template
     own._cached_compile_jinja_template = with_our_clock
     own._compile_jinja_template.cache_clear()
-
-
-@contextmanager
-def bounded(what: str, remedy: str) -> Iterator[None]:
-    """End a rendering that takes too much time or memory; the process can go on.
-
-    Time is the process's own, so that a busy machine refuses nothing. A bound that cannot be set is not: time needs
-    the main thread, memory Linux.
-
-    Args:
-        what: the template, as the message names it.
-        remedy: what to do about it.
-
-    Raises:
-        InvalidInput: it took too much.
-    """
-
-    def stop(*_: object) -> NoReturn:
-        raise _TooSlowError
-
-    timed = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, stop) if timed else None
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        if sys.platform == "linux":
-            bounds = [bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min([_address_space() + MEMORY, *bounds]), hard))
-        if timed:
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        yield
-    except _TooSlowError as error:
-        raise InvalidInput(f"{what} takes more than {SECONDS:g} s for one text; {remedy}") from error
-    except (MemoryError, OverflowError):
-        # From nothing: the machine has memory, and whoever explains the error must not say that it has not.
-        raise InvalidInput(f"{what} takes more than {MEMORY >> 20} MiB for one text; {remedy}") from None
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-class _TooSlowError(BaseException):
-    """Nothing between the template and us may take it for an error of its own."""
-
-
-def _address_space() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    return pages * resource.getpagesize()

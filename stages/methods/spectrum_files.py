@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.bounds import bounded
 from stages.errors import InvalidInput
 from stages.layout import HEADS, Key, Layout, Matrix, identify, spellings
 from stages.scan.files import matching, read_patterns, read_scores
-from stages.template import bounded
 
 Table = dict[Key, dict[str, Any]]
 """What is known of each matrix: module, type, layer, snr, snr_mp and, after a scan, counts of noise values."""

@@ -10,9 +10,9 @@ from specs.explain import shown
 from specs.load import SpecError
 from specs.load import read as read_document
 from specs.metric import LmEvalSpec
+from stages.bounds import bounded
 from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
-from stages.template import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from specs.load import SpecError
-from stages import template
+from stages import bounds, template
 from stages.check import check_spec
 from stages.errors import InvalidInput
 from stages.faults import explain
@@ -96,7 +96,7 @@ HOSTILE = {
 def tokenizer(base_model, monkeypatch):
     from stages.model import load_tokenizer
 
-    monkeypatch.setattr(template, "SECONDS", 0.5)
+    monkeypatch.setattr(bounds, "SECONDS", 0.5)
     return load_tokenizer(base_model)
 
 
@@ -117,7 +117,7 @@ def test_a_hostile_template_ends_in_a_clear_refusal_and_the_process_goes_on(text
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     tokenizer.chat_template = good
     assert render(tokenizer, CHAT) == usual
-    assert len(bytearray(template.MEMORY)) == template.MEMORY  # and it has its memory back
+    assert len(bytearray(bounds.MEMORY)) == bounds.MEMORY  # and it has its memory back
 
 
 @pytest.mark.model

@@ -11,7 +11,7 @@ from headers import llama, write_headers
 from tiny import SPEC, write_data
 
 from specs.load import SpecError
-from stages import template
+from stages import bounds
 from stages.check import check_spec
 from stages.layout import read_layout
 from stages.methods.spectrum_files import listed_in, modules, stored_weights
@@ -102,7 +102,7 @@ def test_lists_that_do_not_fit_the_base(project, case):
 
 
 def test_a_pattern_that_would_be_tried_for_ever_is_refused(project, monkeypatch):
-    monkeypatch.setattr(template, "SECONDS", 0.2)
+    monkeypatch.setattr(bounds, "SECONDS", 0.2)
     (project / "file").write_text("unfrozen_parameters: ['(.+)+!']\n")
     assert errors(project, "unfrozen") == [
         "stages[0].method.unfrozen: file: the pattern '(.+)+!' takes more than 0.2 s for one text; write the names "
