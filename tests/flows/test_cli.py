@@ -33,10 +33,9 @@ def project(tmp_path: Path) -> Path:
 
 # What `plan` may import from outside the standard library. Whoever adds to it makes every command start slower.
 ALLOWED = {
-    "annotated_types", "attr", "attrs", "cyclopts", "docstring_parser", "flows", "jinja2", "markdown_it", "markupsafe", "mdurl",
-    "pydantic",
-    "pydantic_core", "pygments", "rich", "rich_rst", "ruamel", "_ruamel_yaml", "specs", "stages", "typing_extensions",
-    "typing_inspection",
+    "annotated_types", "attr", "attrs", "cyclopts", "docstring_parser", "flows", "jinja2", "markdown_it",
+    "markupsafe", "mdurl", "pydantic", "pydantic_core", "pygments", "rich", "rich_rst", "ruamel", "_ruamel_yaml",
+    "specs", "stages", "typing_extensions", "typing_inspection",
 }  # fmt: skip
 
 
