@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from specs.train import DpoTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
 from stages.errors import StageFailed
-from stages.finite import learned_rows
+from stages.finite import IGNORED, learned_rows
 from stages.objective import MaskReport, ObjectiveSpec
 from stages.rows import Row, preference_row
 
@@ -143,7 +143,7 @@ class Dpo(ObjectiveSpec):
             answer = encode_conversation(tokenizer, [*row["prompt"], *row["chosen"]])
             ids = torch.tensor([answer.ids[: self.train.sequence_length]])
             mask = torch.tensor([answer.mask[: self.train.sequence_length]], dtype=torch.bool)
-            yield ids, ids.masked_fill(~mask, -100)
+            yield ids, ids.masked_fill(~mask, IGNORED)
 
     def trainer(
         self,
@@ -208,7 +208,7 @@ def _policy(trainer: Any, batch: dict[str, Any]) -> "torch.Tensor":
     """The trained model's summed log-probabilities of the answers: chosen ones first, then rejected ones."""
     import torch
 
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     training = trainer.model.training
     trainer.model.eval()

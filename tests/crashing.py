@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy
 import peft.peft_model
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import modeling_utils
 
+from stages import train
 from stages.artifact import damage, read
 from stages.job import STAGE, Job
 from stages.pipeline import load_pipeline
@@ -145,6 +147,18 @@ def photograph(root: Path, album: Path) -> None:
     around(modeling_utils, "safe_save_file")
     around(peft.peft_model, "safe_save_file")
     sys.addaudithook(watch)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Do something when a training step is reported."""
+    tell = train.event
+
+    def listen(kind: str, **fields: Any) -> None:
+        if kind == "progress" and fields["step"] == step and "loss" in fields:
+            act()
+        tell(kind, **fields)
+
+    monkeypatch.setattr(train, "event", listen)
 
 
 def disturb() -> None:

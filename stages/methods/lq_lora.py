@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from stages.errors import InvalidInput
+from stages.finite import IGNORED
 from stages.methods.base import Start
 from stages.methods.loftq import AdaptedStart, Importance
 from stages.methods.qlora import as_linear
@@ -77,7 +78,7 @@ def fisher_roots(
     hooks = [_collect(name, layer, sums) for name, layer in layers.items()]
     device = next(model.parameters()).device
     used = 0
-    for ids, labels in islice((row for row in rows if bool((row[1][:, 1:] != -100).any())), count):
+    for ids, labels in islice((row for row in rows if bool((row[1][:, 1:] != IGNORED).any())), count):
         model(input_ids=ids.to(device), labels=labels.to(device), use_cache=False).loss.backward()
         used += 1
     for hook in hooks:

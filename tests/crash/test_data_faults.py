@@ -1,18 +1,16 @@
 """Data that is empty is refused before a model is loaded; data that changes while it is used, before a publish."""
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from crashing import at_step, result
 from one_stage import CPT, DPO, IFT, TRAIN, only_job, write_spec
-from safetensors.torch import load_file
 from tiny import write_data, write_model, write_rows
 
-from stages import checkpoint, train
-from stages.artifact import MODEL
+from stages import checkpoint
 from stages.errors import StageFailed, TriviumError
 from stages.job import Job
 from stages.run import run_job
@@ -132,27 +130,11 @@ def rewrite(file: Path) -> bytes:
     return before
 
 
-def at_step(monkeypatch, step: int, act) -> None:
-    tell = train.event
-
-    def listen(kind, **fields):
-        if kind == "progress" and fields["step"] == step and "loss" in fields:
-            act()
-        tell(kind, **fields)
-
-    monkeypatch.setattr(train, "event", listen)
-
-
-def weights(artifact) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(artifact.path / MODEL / "model.safetensors").items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def test_a_data_file_that_changes_during_a_run_fails_the_stage_and_old_and_new_are_never_mixed(project, monkeypatch):
     spec, file = write_spec(project, train=EVERY), project / "data/corpus.jsonl"
-    wanted = weights(run_job(only_job(spec, project / "undisturbed")))
+    undisturbed = only_job(spec, project / "undisturbed")
+    run_job(undisturbed)
+    wanted = result(undisturbed).weights
     job = only_job(spec, project / "runs")
     kept: list[bytes] = []
     with monkeypatch.context() as patch:
@@ -167,16 +149,18 @@ def test_a_data_file_that_changes_during_a_run_fails_the_stage_and_old_and_new_a
 
     changed = only_job(spec, project / "runs")
     assert changed.work != job.work
-    made = run_job(changed)
-    assert made.manifest["record"]["training"]["resumed_at"] == 0
-    assert weights(made) != wanted
+    run_job(changed)
+    made = result(changed)
+    assert made.record["resumed_at"] == 0
+    assert made.weights != wanted
 
     file.write_bytes(kept[0])
     again = only_job(spec, project / "runs")
     assert again.work == job.work
-    made = run_job(again)
-    assert made.manifest["record"]["training"]["resumed_at"] == 5
-    assert weights(made) == wanted
+    run_job(again)
+    made = result(again)
+    assert made.record["resumed_at"] == 5
+    assert made.weights == wanted
 
 
 def test_a_data_file_that_changed_before_it_was_read_trains_no_step(project, refusal):

@@ -6,10 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from crashing import Result, checkpoints, disturb, published, result, stage_job
+from crashing import Result, at_step, checkpoints, disturb, published, result, stage_job
 from tiny import write_data, write_model
 
-from stages import checkpoint, train
+from stages import checkpoint
 from stages.errors import StageFailed, TryAgain
 from stages.job import Job
 from stages.methods.full import Full
@@ -97,18 +97,6 @@ def expected(uninterrupted, job, tmp_path):
         return uninterrupted[name]
 
     return find
-
-
-def at_step(monkeypatch, step: int, act) -> None:
-    """Do something when a training step is reported."""
-    tell = train.event
-
-    def listen(kind, **fields):
-        if kind == "progress" and fields["step"] == step and "loss" in fields:
-            act()
-        tell(kind, **fields)
-
-    monkeypatch.setattr(train, "event", listen)
 
 
 def stopped_at(step: int, job: Job, monkeypatch) -> None:
