@@ -177,3 +177,12 @@ def test_a_data_file_that_went_during_a_run_is_named(project, monkeypatch):
     with pytest.raises(StageFailed, match=r"corpus\.jsonl: no such file\. Nothing is published"):
         run_job(job)
     assert not Path(job.target).exists()
+
+
+def test_a_base_that_changes_during_a_run_fails_the_stage_that_started_from_it(project, monkeypatch):
+    file = project / "base/model.safetensors"
+    job = only_job(write_spec(project, train=EVERY), project / "runs")
+    at_step(monkeypatch, 3, lambda: file.write_bytes(file.read_bytes()[:-1] + b"\x7f"))
+    with pytest.raises(StageFailed, match=r"base.*model\.safetensors"):
+        run_job(job)
+    assert not Path(job.target).exists()
