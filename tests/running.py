@@ -13,7 +13,7 @@ import psutil
 import tiny
 
 TRIVIUM = [sys.executable, "-m", "flows.cli"]
-DEADLINE = 120
+DEADLINE = 200
 ONE_STAGE = tiny.SPEC.partition("  - name: answers")[0].replace(
     "max_steps: 12, sequence_length: 64", "max_steps: 40, checkpoint_every: 10, sequence_length: 64"
 )

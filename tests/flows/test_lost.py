@@ -3,6 +3,7 @@
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,19 @@ import tiny
 from running import DEADLINE, SPEC, TRIVIUM, environment, is_gone, run, sealed, states, wait_for
 
 pytestmark = pytest.mark.flow
+
+
+IMPATIENT = """
+from flows import cli, process
+process.SILENCE = 25
+cli.main()
+"""
+"""The command line with two beats and a half for the five minutes after which a stage is taken for hung."""
+
+
+def stage_of(run: int) -> psutil.Process:
+    [stage] = [one for one in psutil.Process(run).children() if "stages.run" in one.cmdline()]
+    return stage
 
 
 def server_of(run: int) -> psutil.Process:
@@ -106,3 +120,25 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_marks_it_as_crashed(tmp
     assert "stopping knowledge: it ends its step and saves a checkpoint" in errors
     assert "RUNNING" not in states(spec)
     assert "Traceback" not in errors
+
+
+def test_a_hung_stage_is_ended_crashed_in_prefect_and_gone_on_with(tmp_path: Path) -> None:
+    spec = tiny.write_project(tmp_path, SPEC.replace("max_steps: 40", "max_steps: 20000"))
+    command = [sys.executable, "-c", IMPATIENT, "run", str(spec), "--until", "knowledge"]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as child:
+        wait_for(lambda: sealed(spec), "a first checkpoint")
+        stage = stage_of(child.pid)
+        stage.suspend()
+        errors = child.communicate(timeout=DEADLINE)[1]
+    assert child.returncode == 4
+    assert "knowledge: its process gave no sign of life for 25 s in phase train after step " in errors
+    assert "Run again: it resumes at its last checkpoint" in errors
+    assert "Traceback" not in errors
+    assert is_gone(stage)
+    assert states(spec, "knowledge") == states(spec, f"run: {spec}") == ["CRASHED"]
+    plan = subprocess.run(
+        [*TRIVIUM, "plan", str(spec)], capture_output=True, text=True, check=True, timeout=DEADLINE, env=environment()
+    )
+    assert "resumes at step" in plan.stdout
