@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 import re
@@ -108,3 +109,20 @@ def test_a_process_that_the_holder_started_with_exec_does_not_keep_the_lock(tmp_
         ours.close()
         theirs.close()
         child.close()
+
+
+def test_a_lock_that_is_cleared_away_between_opening_and_locking_is_taken_anew(tmp_path, monkeypatch):
+    """Its old file would be locked by us, and a new one of the same name by whoever comes next."""
+    path = tmp_path / "a.lock"
+    lock, cleared = fcntl.flock, []
+
+    def cleared_away_first(file, how):
+        if not cleared:
+            cleared.append(path)
+            path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", cleared_away_first)
+    with exclusive(path), pytest.raises(TryAgain), exclusive(path):
+        pytest.fail("two holders of one lock")
+    assert cleared == [path]
