@@ -115,7 +115,10 @@ def main(arguments: list[str]) -> int:
     die_with(parent)
     open_channel(Path(os.devnull))
     heartbeat.start(parent)
-    import_ahead(arguments[2])
+    try:
+        import_ahead(arguments[2])
+    except Exception as error:  # before there is a log: what is not told now is told nowhere
+        return _fail(error, None)
     event("ready")
     line = sys.stdin.readline().strip()
     try:
@@ -134,12 +137,16 @@ def _run(job_file: Path, *, imported: bool) -> int:
             import_ahead(job.kind)
         run_job(job, Preemption())
     except Exception as error:
-        if not isinstance(error, TriviumError):
-            traceback.print_exc()
-        reason = explain(error, job, phase_at_work())
-        event("failed", exit_code=reason.exit_code, reason=str(reason))
-        return reason.exit_code
+        return _fail(error, job)
     return 0
+
+
+def _fail(error: Exception, job: Job | None) -> int:
+    if not isinstance(error, TriviumError):
+        traceback.print_exc()
+    reason = explain(error, job, phase_at_work())
+    event("failed", exit_code=reason.exit_code, reason=str(reason))
+    return reason.exit_code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -349,3 +352,14 @@ def test_a_chat_template_can_be_laid_over_the_base(project, run_spec):
     for step in plan.steps[:2]:
         assert (step.artifact.model / "chat_template.jinja").read_text() == (project / "chat.jinja").read_text()
     assert not (project / "base/chat_template.jinja").exists()
+
+
+def test_a_library_that_cannot_be_imported_is_named_before_there_is_a_log(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.99: cannot open shared object file')")
+    command = [sys.executable, "-m", "stages.run", "--wait", str(os.getpid()), "stage"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert done.returncode == StageFailed.exit_code
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["event"] == "failed"
+    assert told["reason"] == "ImportError: libcudart.so.99: cannot open shared object file"
