@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -71,7 +72,7 @@ class Watcher:
         elif kind == "phase_done":
             err.print(f"[green]✓[/] {step.name}: {event['phase']} [dim]{event['seconds']:.1f} s[/]")
         elif kind == "info":
-            err.print(f"  [dim]{event['message']}[/]", soft_wrap=True)
+            err.print(f"  {event['message']}", style="dim", markup=False, soft_wrap=True)
 
     def _start(self, description: str) -> None:
         if self._task is not None:
@@ -94,7 +95,7 @@ def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate 
         else:
             mark, text = "[green]keep    [/]", step.reason
         kind = "" if step.stage is None else f" [dim]({step.stage.kind}, {step.stage.method.kind})[/]"
-        out.print(f"{mark} {step.order} {step.name}{kind}: {text}")
+        out.print(f"{mark} {step.order} {step.name}{kind}: {escape(text)}")
         for line in details.get(step.name, ()):
             out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
     if room is not None and room.needed:
@@ -112,7 +113,7 @@ def print_summary(summary: Summary) -> None:
     _table(summary.title, summary.columns, summary.metrics)
     for stage, verdict in summary.verdicts:
         mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
-        out.print(f"gate {mark} {stage}: {verdict.reason}", soft_wrap=True)
+        out.print(f"gate {mark} {stage}: {escape(verdict.reason)}", soft_wrap=True)
     _table("", summary.columns, summary.costs)
 
 
