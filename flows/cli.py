@@ -61,11 +61,11 @@ def init(folder: Path, *, template: str = "quickstart") -> None:
 @app.command
 def validate(spec: SpecFile) -> None:
     """Check a spec and every file it names; all errors at once, each by line and column."""
-    from stages.advice import warnings
+    from stages.advice import undecisive, warnings
     from stages.check import read_spec
 
     pipeline, document = read_spec(spec)
-    _advise(warnings(pipeline, document))
+    _advise([*warnings(pipeline, document), *undecisive(pipeline, document)])
     stages = ", ".join(f"{stage.name} ({stage.kind}, {stage.method.kind})" for stage in pipeline.stages)
     print(f"{spec}: valid; {len(pipeline.stages)} stages: {stages}")  # noqa: T201
 
@@ -92,7 +92,7 @@ def _explain(asked: "Run", *, starting: bool = False) -> "Plan":
     from stages.count import base_folder, stage_counts, stage_lines
     from stages.disk import estimate, refuse_if_full
 
-    pipeline, document = read_spec(asked.spec)
+    pipeline, document = read_spec(asked.spec, to_run=True)
     found = asked.plan(forced=starting)
     counts = stage_counts(found, compute=not starting)
     check_counts(found, counts, document)

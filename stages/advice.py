@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specs.load import Document, Problem
+from specs.metric import LmEvalSpec, MetricSpec
 from specs.pipeline import Location
 from stages.data import SAMPLE, Count, read_source
 from stages.errors import InvalidInput
 from stages.layout import Layout, read_layout
 from stages.methods.lora import LowRank
+from stages.metrics.harness import is_task_file
+from stages.metrics.installed import not_here
 from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 from stages.requirements import rank_of, target_matrices
@@ -98,7 +101,34 @@ def warnings(pipeline: Pipeline, document: Document, base: Path | None = None) -
             if text is not None:
                 place = ("stages", number, *advice.field)
                 found.append(document.problem(place, f"warning: {text} ({advice.source})"))
+    for name, metric in pipeline.metrics.items():
+        if (text := is_fetched(metric)) is not None:
+            found.append(document.problem(("metrics", name, "task"), f"warning: {text}"))
     return sorted(found)
+
+
+def undecisive(pipeline: Pipeline, document: Document) -> list[Problem]:
+    """The metrics that no gate uses. They stand in the report, which may be all that is wanted: `validate` asks."""
+    gated = {gate.metric_name for stage in pipeline.stages for gate in stage.gates}
+    return [
+        document.problem(
+            ("metrics", name),
+            "warning: no gate uses this metric: it is measured on the base and after every stage, stands in the report "
+            "and decides nothing; name it in a gate, or remove it if nobody reads it",
+        )
+        for name in pipeline.metrics
+        if name not in gated
+    ]
+
+
+def is_fetched(metric: MetricSpec) -> str | None:
+    """What a task reads may have to come from the hub first."""
+    if not isinstance(metric, LmEvalSpec) or is_task_file(metric.task) or not (datasets := not_here(metric.task)):
+        return None
+    return (
+        f"task {metric.task} needs the network when it is first measured: {', '.join(datasets)} is not in the datasets "
+        "cache; what the hub holds then is what is measured, whatever it was before"
+    )
 
 
 def low_rank_in_cpt(stage: ObjectiveSpec, context: Context) -> str | None:
@@ -279,7 +309,7 @@ ADVICE = (
     Advice(("method", "group_size"), groups_that_hold_everything, CHEN),
     Advice(("method", "context_length"), context_that_is_never_trained, CHEN),
 )
-"""All advice there is."""
+"""All advice on stages there is."""
 
 
 def useful_rank(stage: ObjectiveSpec, context: Context) -> tuple[str, int, tuple[int, int]] | None:

@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before anything trains, without torch."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from specs.data import DataSpec
 from specs.load import Document, Problem, SpecError
 from specs.load import read as read_document
-from specs.metric import MetricSpec
+from specs.metric import LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from specs.train import Optimizer
@@ -18,9 +19,11 @@ from stages.artifact import read
 from stages.count import Count
 from stages.data import SAMPLE
 from stages.errors import InvalidInput
+from stages.evaluate import measure_names
 from stages.files import Found, check_method, check_metric, check_model, check_source, missing
 from stages.layout import Layout, read_layout
 from stages.methods import Method
+from stages.metrics.installed import is_offline, not_here
 from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline, Stage
 from stages.plan import Plan, Step
@@ -32,8 +35,12 @@ _OPTIMIZER_PACKAGE = "bitsandbytes"
 _PACKAGE_OPTIMIZERS = tuple(name for name in get_args(Optimizer) if "8bit" in name or "paged" in name)
 
 
-def read_spec(path: Path) -> tuple[Pipeline, Document]:
+def read_spec(path: Path, *, to_run: bool = False) -> tuple[Pipeline, Document]:
     """Read a spec and look at every file that it names, as far as that is quick.
+
+    Args:
+        path: the spec's file.
+        to_run: whether it is planned or run here, so that what this machine cannot reach is wrong, too.
 
     Raises:
         SpecError: all that is wrong at once, each at its place. Where the spec as a whole cannot be understood, the
@@ -46,6 +53,8 @@ def read_spec(path: Path) -> tuple[Pipeline, Document]:
         found = part_problems(document.data, document.path.parent.resolve())
         raise SpecError([*error.problems, *_at_their_places(document, found)]) from None
     check_spec(pipeline, document)
+    if to_run and (beyond := _beyond_reach(pipeline)):
+        raise SpecError(_at_their_places(document, beyond))
     return pipeline, document
 
 
@@ -72,6 +81,53 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
         _check_stage(stage, ("stages", number), folder, layout, limit, found)
     for name, metric in pipeline.metrics.items():
         check_metric(metric, ("metrics", name), folder, limit, found)
+    return [*found, *_unknown_measures(pipeline, folder)]
+
+
+def _unknown_measures(pipeline: Pipeline, folder: Path) -> Found:
+    """Gates over measures that their metric does not have, which would fail after all the training."""
+    found: Found = []
+    for number, stage in enumerate(pipeline.stages):
+        for gate_number, gate in enumerate(stage.gates):
+            if (metric := pipeline.metrics.get(gate.metric_name)) is None:
+                continue
+            if (problem := _measure_problem(metric, gate.metric_name, gate.measure, folder)) is not None:
+                found.append((("stages", number, "gates", gate_number, "metric"), problem))
+    return found
+
+
+def _measure_problem(metric: MetricSpec, name: str, measure: str | None, folder: Path) -> str | None:
+    try:
+        known = measure_names(metric, folder)
+    except (InvalidInput, OSError):
+        return None  # told where the metric stands
+    if known is None or measure in known:
+        return None
+    if measure is None:
+        names = ", ".join(f"{name}.{one}" for one in known)
+        return f"metric {name} has many measures; name one: {names}" if metric.kind == "generation" else None
+    near = difflib.get_close_matches(measure, known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if measure.endswith("_perplexity") and metric.kind == "perplexity":
+        hint = f"gates compare 'bits_per_{measure.removesuffix('_perplexity')}', to whose power of 2 it is the same; "
+    return f"metric {name} has no measure {measure!r}; {hint}allowed: {', '.join(known)}"
+
+
+def _beyond_reach(pipeline: Pipeline) -> Found:
+    """Tasks whose rows would have to be fetched where the environment forbids it."""
+    found: Found = []
+    if not is_offline():
+        return found
+    for name, metric in pipeline.metrics.items():
+        if isinstance(metric, LmEvalSpec) and (datasets := not_here(metric.task)):
+            found.append(
+                (
+                    ("metrics", name, "task"),
+                    f"task {metric.task} needs the network for {', '.join(datasets)}, which is not in the datasets "
+                    "cache, and the environment forbids it (HF_HUB_OFFLINE): fetch it once with the network, or write "
+                    "a task YAML over local files",
+                )
+            )
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specs.data import DataSpec
-from specs.metric import LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import GenerationSpec, LmEvalSpec, MetricSpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
@@ -13,7 +13,10 @@ from stages.errors import InvalidInput
 from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
-from stages.metrics.harness import is_task_file, task_files
+from stages.metrics import installed
+from stages.metrics.generation import row_schema
+from stages.metrics.harness import is_task_file, measure_names, task_files
+from stages.metrics.results import measure_name
 from stages.paths import astray, irregular
 from stages.remote_code import FIELD, allowing, trusted
 from stages.rows import any_scored_row, preference_row
@@ -107,7 +110,11 @@ def check_source(
 def check_metric(metric: MetricSpec, place: Location, folder: Path, limit: int | None, found: Found) -> None:
     """Look at the held-out rows of a metric, or at the files of its task; see `check_source`."""
     if not isinstance(metric, LmEvalSpec):
-        schema = preference_row if isinstance(metric, PreferenceSpec) else any_scored_row
+        schema = any_scored_row
+        if isinstance(metric, PreferenceSpec):
+            schema = preference_row
+        elif isinstance(metric, GenerationSpec):
+            schema = row_schema(metric)
         check_source(metric.data, (*place, "data"), folder, schema, limit, found)
     elif is_task_file(metric.task):
         file = folder / metric.task
@@ -118,6 +125,13 @@ def check_metric(metric: MetricSpec, place: Location, folder: Path, limit: int |
             problem = astray(metric.task, files, folder)
         if problem is not None:
             found.append(((*place, "task"), problem))
+        elif files and (names := measure_names(metric, folder)) and measure_name(metric.metric) not in names:
+            listed = ", ".join(names)
+            found.append(((*place, "metric"), f"task {metric.task} has no metric {metric.metric!r}; it has: {listed}"))
+    else:
+        problems: list[str | None] = []
+        _try(found, (*place, "task"), lambda: problems.append(installed.problem(metric.task)))
+        found += [((*place, "task"), problem) for problem in problems if problem is not None]
 
 
 def missing(package: str) -> str | None:

@@ -34,7 +34,7 @@ TRAINING_LIBRARIES = (
     "datasets",
     "bitsandbytes",
 )
-MEASURING_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
+MEASURING_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "sacrebleu")
 _DIGEST = re.compile(r"(^|:)[0-9a-f]{64}$")
 _BASE_VERSION = 1
 

@@ -26,7 +26,6 @@ from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 
 RELEASE = "release"
-_MEASURE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ class _Planner:
                 "chat_template": applied,
                 "reference": self.parent if reference else None,
                 "versions": versions(MEASURING_LIBRARIES),
-                "code": _MEASURE_VERSION,
+                "code": evaluate.VERSIONS[spec.kind],
             }
             file = place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json"
             found.append(

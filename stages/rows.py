@@ -44,6 +44,41 @@ def conversation_row(row: Row) -> Row:
     return {"messages": messages}
 
 
+def prompt_row(row: Row) -> Row:
+    """A question, and the answer to it where one is given: ``{"prompt": messages, "reference": str | None}``.
+
+    Accepts `messages` (a last one of the assistant is the reference), `prompt` and perhaps `completion`, or Alpaca's
+    `instruction`, `input` and perhaps `output`.
+    """
+    if "messages" in row:
+        messages = _messages(row, "messages")
+    elif "prompt" in row:
+        messages = _turns(row, "prompt", "user")
+        if messages[-1]["role"] == "assistant":
+            raise BadRow("column 'prompt' ends with the assistant's message; an answer stands in 'completion'")
+        if row.get("completion") is not None:
+            messages = [*messages, *_turns(row, "completion", "assistant")]
+    elif "instruction" in row:
+        answered = row.get("output") not in (None, "")
+        messages = conversation_row(row if answered else row | {"output": "-"})["messages"]
+        messages = messages if answered else messages[:-1]
+    else:
+        raise BadRow(f"columns {_columns(row)}; expected prompt, or messages, or instruction")
+    if messages[-1]["role"] != "assistant":
+        return {"prompt": messages, "reference": None}
+    if len(messages) == 1 or messages[-2]["role"] == "assistant":
+        raise BadRow("no question stands before the assistant's last message")
+    return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
+
+
+def plain_prompt_row(row: Row) -> Row:
+    """A `prompt_row` that can be asked without a chat template: its prompt is one message of the user."""
+    found = prompt_row(row)
+    if [message["role"] for message in found["prompt"]] != ["user"]:
+        raise BadRow("a prompt of several messages needs the chat template (chat_template: true)")
+    return found
+
+
 def preference_row(row: Row) -> Row:
     """A pair: ``{"prompt": messages, "chosen": messages, "rejected": messages}``.
 

@@ -1,10 +1,9 @@
 """Tasks of the LM evaluation harness, run in this process on the model at hand."""
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from specs.explain import shown
 from specs.load import SpecError
@@ -12,14 +11,17 @@ from specs.load import read as read_document
 from specs.metric import LmEvalSpec
 from stages.bounds import bounded
 from stages.errors import InvalidInput
-from stages.measure import Measure, ratio
+from stages.measure import Measure
+from stages.metrics import installed
+from stages.metrics.results import measure_name, measures_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEEDS = (0, 1234, 1234, 1234)
-"""The harness's own default seeds: random, numpy, torch, few-shot."""
-
+VERSION = 2
+"""Of what is measured and kept."""
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+"""The harness's own defaults."""
 
 _INSTEAD = "say it with Jinja in doc_to_text, with the harness's own filters and metrics, or change the rows"
 _NO_TAGS = f"a tag such as `!function` would run code, and a task of a spec may not: {_INSTEAD}"
@@ -149,6 +151,21 @@ def task_files(path: Path) -> list[Path]:
     return [path, *files]
 
 
+def measure_names(spec: LmEvalSpec, folder: Path) -> tuple[str, ...] | None:
+    """The measures of a task of the spec, or None where its file does not list them, or none of ours says.
+
+    Raises:
+        InvalidInput: as `task_config`.
+    """
+    if not is_task_file(spec.task):
+        return None
+    config = task_config(folder / spec.task)
+    metrics = [str(metric["metric"]) for metric in config.get("metric_list") or []]
+    filters = [str(one.get("name")) for one in config.get("filter_list") or [] if isinstance(one, dict)]
+    found = [f"{metric},{one}" for metric in metrics for one in filters]
+    return tuple(dict.fromkeys(map(measure_name, [*metrics, *found]))) or None
+
+
 def measure(
     spec: LmEvalSpec,
     folder: Path,
@@ -160,22 +177,13 @@ def measure(
     """Run the task and keep every per-example result.
 
     Raises:
-        InvalidInput: an unknown task, or one without the metric that the spec names.
+        InvalidInput: an unknown task, one whose rows cannot be read, or one without the metric that the spec names.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    local = is_task_file(spec.task)
-    task: Any = task_config(folder / spec.task) if local else spec.task
-    name = str(task["task"]) if local else spec.task
     sandbox_templates()
-    # Indexing the installed tasks takes half a minute, and a local one needs none of them.
-    installed = TaskManager(include_defaults=not local)
-    if local:
-        _refuse_unknown_metrics(task, folder / spec.task)
-    elif name not in installed.task_index:  # the harness would look for a file of this name
-        raise InvalidInput(f"no task {name!r} is installed in the harness; `lm_eval --tasks list` shows them")
+    name, loaded, manager = _load(spec, folder)
     harness_model = HFLM(
         pretrained=model,
         tokenizer=cast("Any", tokenizer),
@@ -183,30 +191,58 @@ def measure(
         batch_size=spec.batch_size,
         max_length=spec.sequence_length,
     )
-    seeds = dict(
-        zip(
-            ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"),
-            SEEDS,
-            strict=True,
-        )
+    results: Any = lm_eval.simple_evaluate(
+        model=harness_model,
+        tasks=[loaded.get("groups", {}).get(name) or loaded["tasks"][name]],
+        num_fewshot=spec.few_shot,
+        limit=spec.limit,
+        apply_chat_template=chat_template,
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=manager,
+        **cast("Any", SEEDS),
     )
+    measures = measures_of(results, name, loaded["tasks"])
+    if measure_name(spec.metric) not in measures:
+        known = ", ".join(sorted(measures)) or "none"
+        raise InvalidInput(f"task {name} has no metric {spec.metric!r}; it has: {known}")
+    shown = {"task": name, "version": results["versions"].get(name), "few_shot": results["n-shot"].get(name)}
+    return measures, shown
+
+
+def _load(spec: LmEvalSpec, folder: Path) -> tuple[str, Any, Any]:
+    """The name of a task or group, the tasks with their rows, and the manager that has loaded them."""
+    from lm_eval.tasks import TaskManager
+
+    place = folder / spec.task
+    task: Any = spec.task
+    if is_task_file(spec.task):
+        task = task_config(place)
+        _refuse_unknown_metrics(task, place)
+    elif problem := installed.problem(spec.task):  # else the harness would look for a file of this name
+        raise InvalidInput(problem)
+    name = str(task["task"]) if isinstance(task, dict) else spec.task
+    missing: KeyError | None = None
     try:
-        results: Any = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=[task],
-            num_fewshot=spec.few_shot,
-            limit=spec.limit,
-            apply_chat_template=chat_template,
-            log_samples=True,
-            bootstrap_iters=0,
-            task_manager=installed,
-            **cast("Any", seeds),
-        )
-    except KeyError as error:
+        for where in _where(None if isinstance(task, dict) else spec.task):
+            manager = TaskManager(**where)
+            try:
+                return name, manager.load([task]), manager
+            except KeyError as error:  # of a group, a member that lies elsewhere
+                missing = error
+    except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"no task {name!r} is installed in the harness ({error}); `lm_eval --tasks list` shows them"
+            f"task {name}: its rows cannot be read or fetched: {error}; check its data, or the network and the cache"
         ) from error
-    return _measures(results, name, spec), {"task": name, "version": results["versions"].get(name)}
+    raise InvalidInput(f"task {name}: the harness cannot load it: nothing is called {missing}") from missing
+
+
+def _where(name: str | None) -> list[dict[str, Any]]:
+    """Where the harness looks for tasks: parsing all that are installed takes half a minute, a folder of them none."""
+    if name is None:
+        return [{"include_defaults": False}]
+    file = installed.installed()[name].file
+    return [{"include_path": str(Path(str(file)).parent), "include_defaults": False}, {"include_defaults": True}]
 
 
 def sandbox_templates() -> None:
@@ -237,34 +273,3 @@ def _refuse_unknown_metrics(task: dict[str, Any], path: Path) -> None:
         if metric["metric"] not in registry.METRIC_REGISTRY:
             known = ", ".join(sorted(registry.METRIC_REGISTRY))
             raise InvalidInput(f"{path}: metric_list: the harness has no metric {metric['metric']!r}; it has: {known}")
-
-
-def _measures(results: Any, name: str, spec: LmEvalSpec) -> dict[str, Measure]:
-    found = results["results"].get(name, {})
-    better = results["higher_is_better"].get(name, {})
-    samples = results["samples"].get(name, [])
-    measures = {}
-    for key, value in found.items():
-        metric, _, chosen_filter = key.partition(",")
-        if not chosen_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        own = [sample for sample in samples if sample.get("filter", chosen_filter) == chosen_filter]
-        direction: Literal["higher", "lower"] = "higher" if better.get(metric, True) else "lower"
-        measures[metric] = _measure(metric, float(value), direction, own)
-    if spec.metric not in measures:
-        raise InvalidInput(
-            f"task {name} has no metric {spec.metric!r}; it has: {', '.join(sorted(measures)) or 'none'}"
-        )
-    return measures
-
-
-def _measure(metric: str, value: float, better: Literal["higher", "lower"], samples: list[dict[str, Any]]) -> Measure:
-    values = [sample.get(metric) for sample in samples]
-    if values and all(isinstance(item, (int, float)) for item in values):
-        numbers = [float(cast("float", item)) for item in values]
-        if math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-6, abs_tol=1e-9):
-            return ratio(numbers, [1.0] * len(numbers), better)
-    pairs = [item for item in values if isinstance(item, (tuple, list)) and len(item) == 2]
-    if metric == "bits_per_byte" and pairs and len(pairs) == len(values):
-        return ratio([-ll / math.log(2) for ll, _ in pairs], [float(size) for _, size in pairs], "lower")
-    return Measure(value, None, len(samples), better)

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, or of the assistant's part of held-out conversations."""
+"""Bits per byte, word and token of held-out text, or of the assistant's part of held-out conversations."""
 
 import math
 from pathlib import Path
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT = "bits_per_byte"
+MEASURES = ("bits_per_byte", "bits_per_word", "bits_per_token")
+VERSION = 2
+"""Of what is measured and kept."""
 
 
 def measure(
@@ -24,7 +27,8 @@ def measure(
     """Score every row; documents longer than the window are scored window by window.
 
     Returns:
-        The measure `bits_per_byte`, and what is shown beside it: word perplexity, tokens, words, bytes.
+        The measures, in bits, because perplexities themselves cannot be compared example by example; and what is shown
+        beside them: 2 to the power of each, and how many tokens, words and bytes were scored.
     """
     count = Count(spec.data.label)
     rows = list(read_source(spec.data, folder, any_scored_row, count=count))
@@ -36,25 +40,28 @@ def measure(
             windows.append(window)
             owner.append(number)
     scores = log_likelihoods(model, windows, spec.batch_size, label)
-    bits = [0.0] * len(rows)
-    for number, score in zip(owner, scores, strict=True):
+    bits, tokens = [0.0] * len(rows), [0.0] * len(rows)
+    for number, window, score in zip(owner, windows, scores, strict=True):
         bits[number] -= score / math.log(2)
+        tokens[number] += sum(window.mask)
     texts = [_scored_text(row) for row in rows]
-    sizes = [float(len(text.encode())) for text in texts]
-    words = sum(len(text.split()) for text in texts)
+    sizes = {
+        "byte": [float(len(text.encode())) for text in texts],
+        "word": [float(len(text.split())) for text in texts],
+        "token": tokens,
+    }
+    measures = {f"bits_per_{unit}": ratio(bits, size, "lower") for unit, size in sizes.items()}
     shown = {
-        "word_perplexity": _finite(math.fsum(bits) / max(1, words)),
-        "tokens": sum(sum(window.mask) for window in windows),
-        "words": words,
-        "bytes": int(sum(sizes)),
+        **{f"{unit}_perplexity": _finite(measures[f"bits_per_{unit}"].value) for unit in sizes},
+        **{f"{unit}s": int(sum(size)) for unit, size in sizes.items()},
         **({"left_out": count.as_record(folder)} if count.bad else {}),
     }
-    return {DEFAULT: ratio(bits, sizes, "lower")}, shown
+    return measures, shown
 
 
-def _finite(bits_per_word: float) -> float | None:
-    """2 ** bits per word, or None where that overflows: on a weak model word perplexity explodes."""
-    return 2**bits_per_word if bits_per_word < 512 else None
+def _finite(bits: float) -> float | None:
+    """2 to the power of ``bits``, or None where that overflows: on a weak model word perplexity explodes."""
+    return 2**bits if bits < 512 else None
 
 
 def _scored_text(row: Row) -> str:

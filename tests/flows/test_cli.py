@@ -60,7 +60,9 @@ def test_light_commands_import_no_more_than_they_need(project: Path, command: li
 
 def test_validate_and_plan_say_what_would_happen(project: Path) -> None:
     valid = trivium("validate", project / "spec.yaml")
-    assert (valid.returncode, valid.stderr) == (0, "")
+    assert valid.returncode == 0
+    assert valid.stderr.count("warning") == 1
+    assert "metrics.qa: warning: no gate uses this metric" in " ".join(valid.stderr.split())
     assert "valid; 3 stages: knowledge (cpt, spectrum), answers (ift, lora), manner (dpo, qlora)" in valid.stdout
     planned = trivium("plan", project / "spec.yaml")
     assert planned.returncode == 0
@@ -234,7 +236,7 @@ def test_the_published_schema_is_fresh() -> None:
     assert trivium("schema").stdout == kept
 
 
-def test_shipped_specs_are_valid_and_can_be_planned(tmp_path: Path) -> None:
+def test_shipped_specs_are_valid_and_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes name a hub model and data that users bring: given rows, they load, check and plan."""
     for name in ("8b-24gb", "70b-4bit"):
         folder = tmp_path / name
@@ -248,6 +250,15 @@ def test_shipped_specs_are_valid_and_can_be_planned(tmp_path: Path) -> None:
         pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
         tiny.write_rows(folder / "data/preferences.jsonl", pairs)
         tiny.write_rows(folder / "data/preferences.heldout.jsonl", pairs)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
         planned = trivium("plan", folder / "spec.yaml")
         assert planned.returncode == 0, planned.stderr
         assert planned.stdout.count("never run") == 5
+        told = " ".join(planned.stderr.split())
+        assert "metrics.general.task: warning: task arc_" in told
+        assert "needs the network when it is first measured: allenai/ai2_arc" in told
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        refused = trivium("plan", folder / "spec.yaml")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "needs the network for allenai/ai2_arc" in refused.stderr

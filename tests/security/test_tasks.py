@@ -125,14 +125,7 @@ def test_a_metric_that_the_harness_does_not_have_is_not_looked_for_elsewhere(mea
 
 
 @pytest.mark.model
-def test_a_task_by_name_is_an_installed_one_and_never_a_file(measure, folder, mark, monkeypatch):
-    from lm_eval.tasks import TaskManager
-
-    def quick(include_defaults):
-        assert include_defaults
-        return TaskManager(include_defaults=False)  # indexing all of them takes half a minute
-
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
+def test_a_task_by_name_is_an_installed_one_and_never_a_file(measure, folder, mark):
     hostile = folder / "tasks/evil.txt"
     hostile.write_text(QA + "process_docs: !function code.ask\n")
     with pytest.raises(InvalidInput, match=r"no task 'evil\.txt' is installed in the harness"):

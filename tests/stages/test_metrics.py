@@ -81,8 +81,14 @@ def test_bits_per_byte_of_texts_by_hand(window, model, exact, tokenizer, folder)
     assert found.numerators == pytest.approx([one / math.log(2) for one in nats], rel=1e-5)
     assert found.weights == tuple(sizes)
     assert (found.n, found.better) == (5, "lower")
-    assert math.log(shown["word_perplexity"]) == pytest.approx(math.fsum(nats) / words, rel=1e-6)
+    for unit, total in (("byte", sum(sizes)), ("word", words), ("token", tokens)):
+        measure = measures[f"bits_per_{unit}"]
+        assert math.log(shown[f"{unit}_perplexity"]) == pytest.approx(math.fsum(nats) / total, rel=1e-6)
+        assert 2**measure.value == pytest.approx(shown[f"{unit}_perplexity"])
+        assert measure.numerators == found.numerators
+        assert (sum(measure.weights), measure.n, measure.better) == (total, 5, "lower")
     assert (shown["tokens"], shown["words"], shown["bytes"]) == (tokens, words, sum(sizes))
+    assert set(measures) == set(perplexity.MEASURES)
 
 
 def test_bits_per_byte_of_chats_by_hand(model, exact, tokenizer, folder):
@@ -167,7 +173,7 @@ def pairs_by_hand(exact, tokenizer, file: Path) -> dict[str, list[float]]:
 def test_log_probabilities_of_pairs_by_hand(model, exact, tokenizer, folder):
     by_hand = pairs_by_hand(exact, tokenizer, folder / "data/pairs.heldout.jsonl")
     measures, shown, found = preference.measure(pairs_spec(), folder, model, tokenizer, "pairs", None)
-    assert set(measures) == {"policy_accuracy"}  # the base has no start to be rewarded against
+    assert set(measures) == {"policy_accuracy", "policy_length_bias"}  # the base has no start to be rewarded against
     for side in ("chosen", "rejected"):
         assert found[side] == pytest.approx(by_hand[side], rel=1e-5)
     wins = [c > r for c, r in zip(by_hand["chosen"], by_hand["rejected"], strict=True)]
@@ -199,7 +205,7 @@ def test_rewards_of_a_known_pair_of_models(model, base_model, exact, tokenizer, 
             if "mlp" in name:
                 parameter.mul_(1.2)
     start = preference.measure(pairs_spec(), folder, model, tokenizer, "pairs", None)[2]
-    measures, shown, _ = preference.measure(pairs_spec(beta=0.3), folder, policy, tokenizer, "pairs", start)
+    measures, _, _ = preference.measure(pairs_spec(beta=0.3), folder, policy, tokenizer, "pairs", start)
     file = folder / "data/pairs.heldout.jsonl"
     ours, theirs = pairs_by_hand(policy.double(), tokenizer, file), pairs_by_hand(exact, tokenizer, file)
     rewards = {side: [0.3 * (a - b) for a, b in zip(ours[side], theirs[side], strict=True)] for side in ours}
@@ -209,7 +215,9 @@ def test_rewards_of_a_known_pair_of_models(model, base_model, exact, tokenizer, 
     assert measures["reward_accuracy"].value == pytest.approx(accuracy)
     assert measures["reward_margin"].value == pytest.approx(math.fsum(margins) / 20, abs=1e-4)
     assert measures["reward_margin"].numerators == pytest.approx(margins, abs=1e-3)
-    assert shown["chosen_reward"] == pytest.approx(math.fsum(rewards["chosen"]) / 20, abs=1e-3)
+    for side in ours:
+        assert measures[f"{side}_reward"].value == pytest.approx(math.fsum(rewards[side]) / 20, abs=1e-3)
+    assert set(measures) <= set(preference.MEASURES)
 
 
 def test_a_model_is_not_rewarded_against_itself(model, tokenizer, folder):
@@ -255,7 +263,7 @@ def test_accuracy_is_what_the_harness_finds_by_itself(model, base_model, tokeniz
         assert math.fsum(measures[metric].numerators) / 20 == pytest.approx(by_itself[f"{metric},none"])
         assert (measures[metric].n, measures[metric].better) == (20, "higher")
         assert measures[metric].standard_error is not None
-    assert shown == {"task": "tiny_qa", "version": 1.0}
+    assert shown == {"task": "tiny_qa", "version": 1.0, "few_shot": 0}
 
 
 def test_a_limit_and_the_chat_template_reach_the_harness(model, tokenizer, folder, monkeypatch, tmp_path):
