@@ -104,10 +104,7 @@ def markdown(summary: Summary) -> str:
     chain = " --> ".join(f"{name}" for name in summary.columns[1:])
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
     parts.append(_table(summary.columns, summary.metrics))
-    lines = [
-        f"- **{'passed' if verdict.passed else 'failed'}** {stage}: {verdict.reason}"
-        for stage, verdict in summary.verdicts
-    ]
+    lines = [f"- **{verdict.outcome}** {stage}: {verdict.reason}" for stage, verdict in summary.verdicts]
     parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
     if summary.release is not None:
         parts.append(f"Model: `{summary.release}`")

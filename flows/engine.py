@@ -1,5 +1,6 @@
 """The chain: a loop over the plan. Knows nothing of Prefect, which hooks in through `Hooks`."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,10 +47,13 @@ class Outcome:
         """One line for people."""
         if not self.verdicts:
             return "kept" if self.kept else "done"
-        failed = [verdict.reason for verdict in self.verdicts if not verdict.passed]
-        if failed:
-            return f"{len(failed)} of {len(self.verdicts)} gates failed: {'; '.join(failed)}"
-        return f"{len(self.verdicts)} of {len(self.verdicts)} gates passed"
+        against = [verdict for verdict in self.verdicts if not verdict.passed]
+        if not against:
+            return f"{len(self.verdicts)} of {len(self.verdicts)} gates passed"
+        count = Counter(verdict.outcome for verdict in against)
+        said = [f"{count[outcome]} {outcome}" for outcome in ("failed", "undecided") if count[outcome]]
+        said[0] = said[0].replace(" ", f" of {len(self.verdicts)} gates ")
+        return f"{', '.join(said)}: {' | '.join(verdict.reason for verdict in against)}"
 
 
 class Hooks(Protocol):

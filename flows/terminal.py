@@ -30,6 +30,7 @@ def width(environment: Mapping[str, str], *, is_terminal: bool) -> int | None:
 
 out = Console(highlight=False, width=width(os.environ, is_terminal=sys.stdout.isatty()))
 err = Console(stderr=True, highlight=False)
+_COLOUR = {"passed": "green", "failed": "red", "undecided": "yellow"}
 
 
 class Watcher:
@@ -112,8 +113,7 @@ def print_summary(summary: Summary) -> None:
     """Metrics per step, verdicts, costs, and where the model is."""
     _table(summary.title, summary.columns, summary.metrics)
     for stage, verdict in summary.verdicts:
-        mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
-        out.print(f"gate {mark} {stage}: {escape(verdict.reason)}", soft_wrap=True)
+        out.print(f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {stage}: {escape(verdict.reason)}", soft_wrap=True)
     _table("", summary.columns, summary.costs)
 
 

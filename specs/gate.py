@@ -1,26 +1,23 @@
 """Gates: what must hold of a metric before the next stage starts."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, model_validator
 
 from specs.base import Spec
 from specs.paths import MetricName, Percent
 
-DEFAULT_STANDARD_ERRORS = 2.0
-"""How far beyond its noise an improvement must be when a gate does not say."""
-
+CONFIDENCE = 0.95
+"""Of a gate that does not say, and of the interval that is shown where the value alone is judged."""
 
 Reference = Annotated[str, StringConstraints(min_length=1)]
 Amount = Annotated[float, Field(ge=0)] | Percent
 """A difference: absolute (0.02), or relative to the reference (5%)."""
 
 
-def absolute(amount: float | str, reference: float) -> float:
-    """``amount`` in the metric's own unit: a percentage is taken of ``reference``."""
-    if isinstance(amount, str):
-        return float(amount.rstrip("% ")) / 100 * abs(reference)
-    return amount
+def share(amount: float | str) -> float | None:
+    """``amount`` as a share of the reference, where it is a percentage."""
+    return float(amount.rstrip("% ")) / 100 if isinstance(amount, str) else None
 
 
 class GateSpec(Spec):
@@ -33,15 +30,25 @@ class GateSpec(Spec):
     at_most: float | None = None
     """The value must not exceed this."""
     improves_on: Reference | None = None
-    """`base`, `previous` or a stage: the value must be better than there, by `by` and beyond its noise."""
+    """`base`, `previous` or a stage: the value must be better than there, by `by` at least."""
     by: Amount = 0.0
     """With `improves_on`: by how much at least; 0.02 or 5%."""
     keeps: Reference | None = None
     """`base`, `previous` or a stage: the value must be no worse than there by more than `within`."""
     within: Amount = 0.0
     """With `keeps`: how much worse it may be; 0.02 or 5%."""
-    standard_errors: Annotated[float, Field(ge=0)] | None = None
-    """How many standard errors beyond the threshold the value must be: 2 for improves_on, else 0, by default."""
+    confidence: Annotated[float, Field(gt=0.5, le=0.999)] | None = CONFIDENCE
+    """The rule must hold with this confidence (one-sided), else it is undecided; null judges the value alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_standard_errors(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "standard_errors" in fields:
+            raise ValueError(
+                "standard_errors is now confidence, 0.95 where a gate does not say: write `confidence: 0.977` for 2 "
+                "standard errors, `confidence: null` for 0"
+            )
+        return fields
 
     @model_validator(mode="after")
     def _one_rule(self) -> "GateSpec":
@@ -70,13 +77,6 @@ class GateSpec(Spec):
         """`base`, `previous`, a stage's name, or None for an absolute rule."""
         return self.improves_on if self.improves_on is not None else self.keeps
 
-    @property
-    def noise(self) -> float:
-        """How many standard errors beyond the threshold the value must be."""
-        if self.standard_errors is not None:
-            return self.standard_errors
-        return DEFAULT_STANDARD_ERRORS if self.improves_on is not None else 0.0
-
     def __str__(self) -> str:
         """The rule in words, as tables show it."""
         if self.at_least is not None:
@@ -87,8 +87,8 @@ class GateSpec(Spec):
             rule = f"improves on {self.improves_on}" + (f" by {self.by}" if self.by else "")
         else:
             rule = f"keeps {self.keeps} within {self.within}"
-        noise = f", {self.noise:g} s.e. clear" if self.noise else ""
-        return f"{self.metric} {rule}{noise}"
+        sure = "by its value alone" if self.confidence is None else f"at {100 * self.confidence:g}%"
+        return f"{self.metric} {rule}, {sure}"
 
 
 RULES = ("at_least", "at_most", "improves_on", "keeps")

@@ -20,6 +20,10 @@ class Measure:
     numerators: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
 
+    def is_paired_with(self, other: "Measure") -> bool:
+        """Whether both were measured on the same examples, so that these can be compared one by one."""
+        return bool(self.numerators) and self.weights == other.weights
+
     def as_json(self) -> dict[str, Any]:
         """The measure as evaluation files keep it."""
         return {name: getattr(self, name) for name in self.__slots__}
@@ -37,24 +41,6 @@ def ratio(numerators: list[float], weights: list[float], better: Literal["higher
     value = math.fsum(numerators) / total
     residuals = [top - value * weight for top, weight in zip(numerators, weights, strict=True)]
     return Measure(value, _error(residuals, total), len(weights), better, tuple(numerators), tuple(weights))
-
-
-def difference(ours: Measure, theirs: Measure) -> tuple[float, float | None]:
-    """How much ``ours`` differs from ``theirs``, and the standard error of that.
-
-    Paired where both were measured on the same examples; else the errors add in quadrature.
-    """
-    change = ours.value - theirs.value
-    if ours.numerators and ours.weights == theirs.weights:
-        total = math.fsum(ours.weights)
-        residuals = [
-            a - b - change * weight
-            for a, b, weight in zip(ours.numerators, theirs.numerators, ours.weights, strict=True)
-        ]
-        return change, _error(residuals, total)
-    if ours.standard_error is None or theirs.standard_error is None:
-        return change, None
-    return change, math.hypot(ours.standard_error, theirs.standard_error)
 
 
 def _error(residuals: list[float], total: float) -> float | None:

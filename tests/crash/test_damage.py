@@ -66,7 +66,7 @@ each_harm = pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
 GATES = (
     ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2}]"),
     ("    gates: [{metric: answers, improves_on: previous}]\n", ""),
-    ("    gates: [{metric: pairs, at_least: 0.6, standard_errors: 2}]\n", ""),
+    ("    gates: [{metric: pairs, at_least: 0.6}]\n", ""),
 )
 
 

@@ -112,7 +112,7 @@ def test_nothing_is_left_to_do_only_when_the_kept_verdicts_are_those_of_todays_g
     edited.edit(
         ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2}]"),
         ("    gates: [{metric: answers, improves_on: previous}]\n", ""),
-        ("    gates: [{metric: pairs, at_least: 0.6, standard_errors: 2}]\n", ""),
+        ("    gates: [{metric: pairs, at_least: 0.6}]\n", ""),
     )
     plan = edited.plan()
     step = plan.steps[1]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from specs.base import Spec, fingerprint, identity_fields
 from specs.data import DataSpec
-from specs.gate import GateSpec, absolute
+from specs.gate import GateSpec, share
 from specs.load import SpecError, load
 from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
 from specs.model import ModelSpec
@@ -30,10 +30,10 @@ FULL = f"""\
 name: full
 model: {{hub: org/base, revision: {COMMIT}, dtype: float16, chat_template: chat.jinja}}
 seed: 3
-metrics:
-  domain: {{kind: perplexity, data: {{path: data/heldout.jsonl}}, sequence_length: 128}}
-  pairs: {{kind: preference, data: {{path: data/pairs.jsonl}}, beta: 0.2}}
-  qa: {{kind: lm_eval, task: arc_easy, limit: 7, few_shot: 1, chat_template: [base, answers]}}
+metrics: {{domain: {{kind: perplexity, data: {{path: data/heldout.jsonl}}, sequence_length: 128}},
+  pairs: {{kind: preference, data: {{path: data/pairs.jsonl}}, beta: 0.2}},
+  samples: {{kind: generation, data: {{path: data/chats.jsonl}}, temperature: 0.7, top_p: 0.9, chat_template: [base]}},
+  qa: {{kind: lm_eval, task: arc_easy, limit: 7, few_shot: 1, chat_template: [base, answers]}} }}
 stages:
   - name: knowledge
     kind: cpt
@@ -317,10 +317,28 @@ REFUSED: dict[str, tuple[type[BaseModel], str, list[str]]] = {
         "{metric: a, improves_on: base, by: five}",
         [f"1:36: by: expected a number {AMOUNT}, found 'five'"],
     ),
-    "negative noise": (
+    "confidence of a coin": (
         GateSpec,
-        "{metric: a, at_least: 1, standard_errors: -1}",
-        ["1:43: standard_errors: expected a number greater than or equal to 0, found -1"],
+        "{metric: a, at_least: 1, confidence: 0.5}",
+        ["1:38: confidence: expected a number greater than 0.5, found 0.5"],
+    ),
+    "confidence beyond what a bootstrap can tell": (
+        GateSpec,
+        "{metric: a, at_least: 1, confidence: 1}",
+        ["1:38: confidence: expected a number less than or equal to 0.999, found 1"],
+    ),
+    "confidence as a percentage": (
+        GateSpec,
+        "{metric: a, at_least: 1, confidence: 95%}",
+        ["1:38: confidence: expected a number, found '95%'"],
+    ),
+    "standard errors, as gates had them once": (
+        GateSpec,
+        "{metric: a, at_least: 1, standard_errors: 2}",
+        [
+            "1:1: standard_errors is now confidence, 0.95 where a gate does not say: write `confidence: 0.977` for 2 "
+            "standard errors, `confidence: null` for 0"
+        ],
     ),
     "metric that is no name": (
         GateSpec,
@@ -380,7 +398,6 @@ NOT_NEGATIVE = {
     TrainSpec: ("warmup_ratio", "weight_decay"),
     DpoTrainSpec: ("label_smoothing",),
     LmEvalSpec: ("few_shot",),
-    GateSpec: ("standard_errors",),
 }
 
 
@@ -408,7 +425,7 @@ ACCEPTED: dict[str, tuple[type[BaseModel], str]] = {
     "smoothed": (DpoTrainSpec, f"{{{BASIC}, loss: exo_pair, label_smoothing: 1e-3}}"),
     "robust without smoothing": (DpoTrainSpec, f"{{{BASIC}, loss: robust}}"),
     "percent with a blank": (GateSpec, "{metric: a-b.c_d, keeps: base, within: 0.5 %}"),
-    "nothing": (GateSpec, "{metric: a, at_most: 0, by: 0, within: 0, standard_errors: 0}"),
+    "nothing": (GateSpec, "{metric: a, at_most: 0, by: 0, within: 0, confidence: null}"),
 }
 
 
@@ -636,11 +653,11 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     ),
     "unknown metric": (
         [("metric: pairs", "metric: pair")],
-        ["30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, qa"],
+        ["30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa"],
     ),
     "unknown metric with a measure": (
         [("qa.acc_norm", "zzz.acc_norm")],
-        ["19:10: stages[0].gates[1].metric: no metric 'zzz'; allowed: domain, pairs, qa"],
+        ["19:10: stages[0].gates[1].metric: no metric 'zzz'; allowed: domain, pairs, samples, qa"],
     ),
     "unknown reference": (
         [("keeps: previous", "keeps: perfect")],
@@ -691,7 +708,7 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [("metric: pairs", "metric: pair"), ("name: polish", "name: answers"), ("keeps: previous", "keeps: x")],
         [
             "19:31: stages[0].gates[1].keeps: no earlier stage 'x'; allowed: base, previous",
-            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, qa",
+            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa",
             "32:5: stages[3].name: stage name 'answers' is used twice; stage names are unique",
         ],
     ),
@@ -737,15 +754,14 @@ def test_reading_a_spec_imports_no_torch() -> None:
 # Gates
 
 WORDS: dict[str, dict[str, Any]] = {
-    "a at least 0.6": {"at_least": 0.6},
-    "a at least 0": {"at_least": 0.0},
-    "a at most 1e+06, 2 s.e. clear": {"at_most": 1e6, "standard_errors": 2},
-    "a improves on base, 2 s.e. clear": {"improves_on": "base"},
-    "a improves on base by 5%, 2 s.e. clear": {"improves_on": "base", "by": "5%"},
-    "a improves on previous by 0.02": {"improves_on": "previous", "by": 0.02, "standard_errors": 0},
-    "a keeps base within 0.0": {"keeps": "base"},
-    "a keeps base within 5%": {"keeps": "base", "within": "5%"},
-    "a keeps knowledge within 0.1, 1.5 s.e. clear": {"keeps": "knowledge", "within": 0.1, "standard_errors": 1.5},
+    "a at least 0.6, at 95%": {"at_least": 0.6},
+    "a at least 0, by its value alone": {"at_least": 0.0, "confidence": None},
+    "a at most 1e+06, at 99.5%": {"at_most": 1e6, "confidence": 0.995},
+    "a improves on base, at 95%": {"improves_on": "base"},
+    "a improves on base by 5%, at 95%": {"improves_on": "base", "by": "5%"},
+    "a improves on previous by 0.02, by its value alone": {"improves_on": "previous", "by": 0.02, "confidence": None},
+    "a keeps base within 0.0, at 95%": {"keeps": "base"},
+    "a keeps knowledge within 5%, at 80%": {"keeps": "knowledge", "within": "5%", "confidence": 0.8},
 }
 
 
@@ -756,20 +772,17 @@ def test_a_gate_in_words(words: str) -> None:
 
 def test_what_a_gate_refers_to() -> None:
     gate = GateSpec(metric="qa.acc_norm", keeps="base")
-    assert (gate.metric_name, gate.measure, gate.reference, gate.noise) == ("qa", "acc_norm", "base", 0)
+    assert (gate.metric_name, gate.measure, gate.reference) == ("qa", "acc_norm", "base")
     gate = GateSpec(metric="qa", improves_on="previous")
-    assert (gate.metric_name, gate.measure, gate.reference, gate.noise) == ("qa", None, "previous", 2)
-    gate = GateSpec(metric="qa", at_least=1, standard_errors=1)
-    assert (gate.reference, gate.noise) == (None, 1)
+    assert (gate.metric_name, gate.measure, gate.reference) == ("qa", None, "previous")
+    assert GateSpec(metric="qa", at_least=1).reference is None
 
 
-def test_amounts_are_absolute_or_relative_to_the_size_of_the_reference() -> None:
-    assert absolute(0.02, 2.0) == 0.02
-    assert absolute("5%", 2.0) == pytest.approx(0.1)
-    assert absolute("5%", -2.0) == pytest.approx(0.1)
-    assert absolute("2.5 %", 2.0) == pytest.approx(0.05)
-    assert absolute("5%", 0.0) == 0
-    assert absolute("0%", 2.0) == 0
+def test_amounts_are_absolute_or_shares_of_the_reference() -> None:
+    assert share(0.02) is None
+    assert share("5%") == pytest.approx(0.05)
+    assert share("2.5 %") == pytest.approx(0.025)
+    assert share("0%") == 0
 
 
 # What the grammar says about TRL

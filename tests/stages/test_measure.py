@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from stages import evaluate
-from stages.measure import Measure, difference, ratio
+from stages.measure import Measure, ratio
 
 
 def bootstrap(values: list, statistic, rounds: int = 2000) -> float:
@@ -82,70 +82,17 @@ def test_a_value_that_is_not_finite_shows_in_the_ratio(bad):
     assert not math.isfinite(found.standard_error)
 
 
-def correlated(seed: int = 2, n: int = 200) -> tuple[Measure, Measure]:
-    """Two models on the same documents: most of the spread is the documents', little is the models'."""
-    pick = random.Random(seed)
-    weights = [pick.uniform(50, 150) for _ in range(n)]
-    shared = [weight * pick.gauss(1.0, 0.3) for weight in weights]
-    ours = [top - 0.02 * weight + pick.gauss(0, 1) for top, weight in zip(shared, weights, strict=True)]
-    theirs = [top + pick.gauss(0, 1) for top in shared]
-    return ratio(ours, weights, "lower"), ratio(theirs, weights, "lower")
-
-
-def test_on_the_same_examples_the_error_of_a_difference_is_paired():
-    ours, theirs = correlated()
-    change, error = difference(ours, theirs)
-    assert change == pytest.approx(ours.value - theirs.value)
-    unpaired = math.hypot(ours.standard_error, theirs.standard_error)
-    assert error < unpaired / 5
-    triples = list(zip(ours.numerators, theirs.numerators, ours.weights, strict=True))
-    expected = bootstrap(triples, lambda rows: ratio_of([(a - b, weight) for a, b, weight in rows]))
-    assert error == pytest.approx(expected, rel=0.1)
-
-
-def test_a_paired_difference_by_hand():
-    ours = ratio([1.0, 1.0, 0.0, 1.0], [1.0] * 4, "higher")
-    theirs = ratio([1.0, 0.0, 0.0, 0.0], [1.0] * 4, "higher")
-    # differences 0, 1, 0, 1: mean 1/2, residuals +-1/2, sqrt(4/3 * 1) / 4
-    assert difference(ours, theirs) == (0.5, pytest.approx(math.sqrt(4 / 3) / 4, rel=1e-12))
-
-
-def test_a_model_compared_with_itself_differs_by_nothing_without_noise():
-    ours, _ = correlated()
-    assert difference(ours, ours) == (0.0, 0.0)
-
-
-def test_the_sign_turns_with_the_sides():
-    ours, theirs = correlated()
-    there, back = difference(ours, theirs), difference(theirs, ours)
-    assert there[0] == -back[0]
-    assert there[1] == pytest.approx(back[1])
-
-
-@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 2.0]], ids=["other number", "other weights"])
-def test_on_other_examples_errors_add_in_quadrature(weights):
-    ours = ratio([0.5, 1.0], [1.0, 1.0], "higher")
-    theirs = ratio([0.1] * len(weights), weights, "higher")
-    change, error = difference(ours, theirs)
-    assert change == ours.value - theirs.value
-    assert error == pytest.approx(math.hypot(ours.standard_error, theirs.standard_error))
-
-
-@pytest.mark.parametrize("sides", [(0.03, 0.04), (None, 0.04), (0.03, None), (None, None)])
-def test_without_examples_the_errors_are_the_librarys_or_unknown(sides):
-    ours, theirs = (Measure(value, error, 10, "higher") for value, error in zip((0.7, 0.5), sides, strict=True))
-    change, error = difference(ours, theirs)
-    assert change == pytest.approx(0.2)
-    assert error == (None if None in sides else pytest.approx(0.05))
-
-
-def test_one_shared_example_gives_no_error():
-    ours, theirs = ratio([0.5], [1.0], "higher"), ratio([0.2], [1.0], "higher")
-    assert difference(ours, theirs) == (pytest.approx(0.3), None)
+def test_measures_of_the_same_examples_are_compared_one_by_one():
+    ours = ratio([0.5, 1.0], [1.0, 2.0], "higher")
+    assert ours.is_paired_with(ratio([0.1, 0.1], [1.0, 2.0], "higher"))
+    assert not ours.is_paired_with(ratio([0.1, 0.1], [2.0, 1.0], "higher")), "other examples"
+    assert not ours.is_paired_with(ratio([0.1, 0.1, 0.1], [1.0, 2.0, 3.0], "higher")), "more examples"
+    assert not ours.is_paired_with(Measure(0.5, 0.1, 2, "higher"))
+    assert not Measure(0.5, 0.1, 2, "higher").is_paired_with(Measure(0.5, 0.1, 2, "higher"))
 
 
 def test_a_measure_survives_its_file(tmp_path):
-    for measure in (*correlated(), Measure(0.5, None, 7, "higher")):
+    for measure in (ratio([2.0, 3.0], [1.0, 2.0], "lower"), Measure(0.5, None, 7, "higher")):
         kept = evaluate.Evaluation({"x": measure}, "x", {"tokens": 7}, {"chosen": [-1.5]}, 0.25)
         evaluate.save(kept, tmp_path / "x.json", {"model": "a"})
         assert evaluate.load(tmp_path / "x.json") == kept
