@@ -1,6 +1,7 @@
 """What the LM evaluation harness found, as measures that keep what each example adds."""
 
 import math
+import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ def _jackknifed(value: float, items: Sequence[Any], aggregate: Callable[..., Any
     if n <= ONE_BY_ONE:
         return whole(value, n, _without(items, list(range(n + 1)), aggregate), better)
     edges = [round(block * n / BLOCKS) for block in range(BLOCKS + 1)]
-    without = _without(items, edges, aggregate)
+    shuffled = random.Random(n).sample(items, n)  # noqa: S311 - neighbours in a file may be alike
+    without = _without(shuffled, edges, aggregate)
     mean = math.fsum(without) / BLOCKS
     error = math.sqrt((BLOCKS - 1) / BLOCKS * math.fsum((one - mean) ** 2 for one in without))
     return Measure(value, error if math.isfinite(error) else None, n, better)
