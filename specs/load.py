@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, StreamMark
 from ruamel.yaml.reader import ReaderError
 
 from specs.explain import Location, cut, explain, one_line, shown
+from specs.printable import printable_line
 from specs.secrets import looks_like_secret, redact
 
 M = TypeVar("M", bound=BaseModel)
@@ -58,7 +59,7 @@ class Problem:
     def __str__(self) -> str:
         """Return `path:line:column: field: message`, a form that editors can jump to."""
         name = f"{self.field}: " if self.field else ""
-        return f"{self.path}:{self.line}:{self.column}: {name}{self.message}"
+        return printable_line(f"{self.path}:{self.line}:{self.column}: {name}{self.message}")
 
 
 class SpecError(ValueError):

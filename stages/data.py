@@ -1,5 +1,6 @@
 """Rows from files, checked as they are read: every complaint names file and line."""
 
+import codecs
 import csv
 import json
 import random
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from specs.data import FORMATS, DataSpec
+from specs.printable import printable_line
 from stages.artifact import sha256
+from stages.documents import LFS_POINTER
 from stages.errors import InvalidInput
 from stages.log import info
 from stages.paths import irregular
@@ -155,7 +158,7 @@ def read_source(
                 broken = broken or isinstance(error, BrokenFile)
                 count.bad += 1
                 if len(count.first) < SHOWN or isinstance(error, BrokenFile):
-                    count.first.append(f"{path}:{place}: {error}")
+                    count.first.append(printable_line(f"{path}:{place}: {error}"))
                 continue
             if source.on_bad_row == "drop" or not count.bad:
                 yield row
@@ -260,10 +263,29 @@ def _json_row(line: bytes, encoding: str) -> Row | BadRow:
     try:
         row = json.loads(line.decode(encoding))
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"not JSON: {error}")
+        return BadRow(f"not UTF-8 (byte {error.start + 1} of the line){_other_format(line)}")
+    except json.JSONDecodeError as error:
+        return BadRow(f"not JSON: {error}{_other_format(line)}")
+    except RecursionError:
+        return BadRow("not JSON that can be read: nested too deeply")
+    except ValueError:
+        return BadRow(f"a number of more than {sys.get_int_max_str_digits()} digits")
+    if isinstance(row, list):
+        return BadRow("a list; expected an object: in JSON Lines each row is an object on a line of its own")
     return row if isinstance(row, dict) else BadRow(f"a {type(row).__name__}; expected an object")
+
+
+def _other_format(line: bytes) -> str:
+    """What a line that is no JSON seems to come from, and what to do about it."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ": the file is UTF-16; save it as UTF-8"
+    if line.startswith(b"\x1f\x8b"):
+        return ": the file is compressed; unpack it with gunzip"
+    if line.startswith(LFS_POINTER):
+        return ": the file is a Git LFS pointer; fetch what it stands for with git lfs pull"
+    if b"\0" in line:
+        return ": it holds NUL bytes, as a file does whose writing broke off; write it anew"
+    return ""
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,8 @@ from stages.errors import InvalidInput
 
 PARTIAL = ".partial"
 """How the name of a file ends that is still being written."""
+LFS_POINTER = b"version https://git-lfs."
+"""How a file begins that Git LFS left in place of the real one."""
 LIMIT = 64 << 20
 """Bytes above which a JSON file is not read: parsed, it takes some thirty times as much memory."""
 

@@ -10,11 +10,17 @@
 `specs.load.SpecError`, raised by the grammar, which imports nothing of ours, ends with 2 as well.
 """
 
+from specs.printable import printable
+
 
 class TriviumError(Exception):
     """Anything that ends a command. The message is for people: what was found, where, what to do."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message; what it quotes of others cannot move the cursor of who reads it."""
+        return printable(super().__str__())
 
 
 class InvalidInput(TriviumError):

@@ -157,7 +157,23 @@ def test_a_renamed_column_that_is_not_there_is_named_with_those_that_are(tmp_pat
         (b"text", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data: line 1 column 15 (char 14)"),
         (b'{"text": "\xff"}', "not UTF-8 (byte 11 of the line)"),
-        (b'["text"]', "a list; expected an object"),
+        (
+            b'["text"]',
+            "a list; expected an object: in JSON Lines each row is an object on a line of its own",
+        ),
+        (b'{"a\\u001b[2J\\nspec.yaml: valid": 1}', "no column 'text'; columns: a\\x1b[2J\\nspec.yaml: valid"),
+        (
+            bytes(9),
+            "not JSON: Expecting value: line 1 column 1 (char 0): it holds NUL bytes, as a file does whose writing "
+            "broke off; write it anew",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            "not JSON: Expecting value: line 1 column 1 (char 0): the file is a Git LFS pointer; fetch what it stands "
+            "for with git lfs pull",
+        ),
+        (b"\x1f\x8b\x08", "not UTF-8 (byte 2 of the line): the file is compressed; unpack it with gunzip"),
+        (b"\xff\xfe{", "not UTF-8 (byte 1 of the line): the file is UTF-16; save it as UTF-8"),
         (b"null", "a NoneType; expected an object"),
         (b'{"body": "a"}', "no column 'text'; columns: body"),
         (b'{"text": 5}', "column 'text' holds int 5; expected text"),
@@ -174,10 +190,16 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, written, line, reason):
     ]
 
 
-@pytest.mark.parametrize("line", [b'{"text": ' + b"[" * 100_000, b'{"text": "a", "n": ' + b"9" * 6000 + b"}"])
-def test_a_hostile_line_is_a_bad_row_like_any_other(tmp_path, written, line):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": ' + b"[" * 100_000, "not JSON that can be read: nested too deeply"),
+        (b'{"text": "a", "n": ' + b"9" * 6000 + b"}", "a number of more than 4300 digits"),
+    ],
+)
+def test_a_hostile_line_is_a_bad_row_like_any_other(tmp_path, written, line, reason):
     file = written("a.jsonl", line + b"\n")
-    assert refusal(tmp_path, "a.jsonl").startswith(f"{file}:1: not JSON: ")
+    assert complaints(tmp_path, "a.jsonl") == [f"{file}:1: {reason}"]
 
 
 def test_all_bad_rows_are_counted_and_the_first_five_shown(tmp_path):
