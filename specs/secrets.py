@@ -20,8 +20,9 @@ TOKEN_SHAPES: dict[str, re.Pattern[str]] = {
     noun: re.compile(pattern)
     for noun, pattern in {
         "a Hugging Face token": _START + r"(?:hf_|api_org_)[A-Za-z0-9]{20,}",
-        # A digit tells a key from a long name with hyphens.
-        "an API key (sk-...)": _START + r"sk-(?=[A-Za-z_-]{0,99}[0-9])[A-Za-z0-9_-]{20,}",
+        # A long run with a digit tells a key from a name with hyphens: sk-wikipedia-2024-filtered is Slovak text.
+        "an API key (sk-...)": _START
+        + r"sk-(?=[A-Za-z0-9_-]{0,99}?(?=[A-Za-z]{0,15}[0-9])[A-Za-z0-9]{16})[A-Za-z0-9_-]{20,}",
         "an AWS access key": _START + r"A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])",
         "a GitHub token": _START + r"(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})",
         "a GitLab token": _START + r"glpat-[A-Za-z0-9_-]{20,}",
@@ -59,10 +60,13 @@ def redact(text: str, environment: Mapping[str, str]) -> str:
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
     """The secret values in each of their spellings, the longest first: one may be a part of another."""
+    # A log may show a value of several lines (a key file) line by line.
     values = {
-        value.strip()
+        part.strip()
         for name, value in environment.items()
-        if name.upper().endswith(SECRET_NAMES) and len(value.strip()) >= SHORTEST
+        if name.upper().endswith(SECRET_NAMES)
+        for part in (value, *value.splitlines())
+        if len(part.strip()) >= SHORTEST
     }
     spellings = {form for value in values for form in (value, json.dumps(value)[1:-1], quote(value, safe=""))}
     return sorted(spellings, key=len, reverse=True)

@@ -11,6 +11,7 @@ SECRETS = {
     "hf_" + BODY: "a Hugging Face token",
     "api_org_" + BODY: "a Hugging Face token",
     "sk-" + BODY: "an API key (sk-...)",
+    "sk-proj-a-b_" + BODY: "an API key (sk-...)",
     "sk-ant-api03-" + BODY: "an API key (sk-...)",
     "AKIA" + "ABCDEFGH12345678": "an AWS access key",
     "ghp_" + BODY: "a GitHub token",
@@ -31,6 +32,8 @@ HARMLESS = [
     "hf_corpus",
     "data/hf_cleaned_by_hand_and_deduplicated.jsonl",
     "sk-learn-documentation-of-every-release",
+    "data/sk-wikipedia-2024-filtered-and-cleaned-v2.jsonl",
+    "someone/sk-llama-3-8b-instruct-awq",
     "task-12345678901234567890",
     "disk-0123456789012345678901234567",
     "meta-llama/Llama-3.1-8B-Instruct",
@@ -75,6 +78,12 @@ def test_the_secrets_of_the_environment_are_redacted_in_each_spelling() -> None:
     for name in ("HF_TOKEN", "my_api_key", "AWS_SECRET", "DB_PASSWORD", "PREFECT_API_AUTH_STRING"):
         for text in (secret, json.dumps(secret), quote(secret, safe="")):
             assert redact(f"<{text}>", {name: f"{secret}\n"}).strip('<>"') == "[redacted]"
+
+
+def test_a_secret_of_several_lines_is_redacted_in_each_of_them() -> None:
+    environment = {"SSH_KEY": "first line of it\nsecond line of it\n"}
+    assert redact("1: first line of it", environment) == "1: [redacted]"
+    assert redact("2: second line of it", environment) == "2: [redacted]"
 
 
 def test_short_values_and_other_variables_are_left_alone() -> None:
