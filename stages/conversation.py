@@ -40,7 +40,11 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: boo
     except InvalidInput as error:
         raise InvalidInput(f"{tokenizer.name_or_path}: {error}") from error
     except Exception as error:  # a template is a program and raises what it likes
-        raise InvalidInput(f"the chat template fails on {messages!r:.200}: {error}") from error
+        shown = f"{messages!r:.200}{'' if len(repr(messages)) <= 200 else '...'}"
+        raise InvalidInput(
+            f"{tokenizer.name_or_path}: the chat template fails on {shown}: {' '.join(str(error).split())}; correct or "
+            "leave out such rows, or name a template that takes them (model.chat_template)"
+        ) from error
     return str(text)
 
 

@@ -377,7 +377,7 @@ def _header(file: Path) -> list[Tensor]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 0 < length <= min(size - 8, _MAX_HEADER):
-            raise InvalidInput(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
+            raise InvalidInput(f"{file}: not a whole safetensors file ({size} bytes); fetch it again (or git lfs pull)")
         try:
             header = json.loads(stream.read(length))
         except (ValueError, RecursionError) as error:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from stages.documents import LFS_POINTER, read_object
 from stages.errors import InvalidInput
+from stages.layout import read_layout, text_config
 from stages.pickles import refuse_pickled_weights
 from stages.remote_code import copy_code, trusted
 from stages.template import bind_renderings
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 
 GGUF_PRE_TOKENIZERS = ("default", "gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` whose rule we restore; the import of transformers drops it."""
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of layers."""
+_LARGEST_TOKENIZER = 256 << 20
+"""Bytes of the largest tokenizer.json; those of large vocabularies have some 40 MB."""
 
 
 def training_device() -> str:
@@ -34,6 +40,7 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
 
     refuse_pickled_weights(folder)
     trust = trusted(folder)
+    _refuse_more_layers_than_weights(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -46,12 +53,58 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
             **settings,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InvalidInput(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+        raise InvalidInput(
+            f"{folder}: cannot be loaded as a causal language model: {_why(error)}; if the model is one, its "
+            "config.json and its weights do not belong together, or a file is damaged: fetch it again"
+        ) from error
     if info["missing_keys"]:  # the library would draw them at random and go on
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InvalidInput(f"{folder}: {len(info['missing_keys'])} weights are missing from its files: {names}")
+        raise InvalidInput(
+            f"{folder}: {len(info['missing_keys'])} weights are missing from its files: {names}; fetch it again, "
+            "or name a causal language model"
+        )
     _keep_embedding_scale(model)
     return cast("PreTrainedModel", model)
+
+
+def _refuse_more_layers_than_weights(folder: Path) -> None:
+    """A config can ask for a thousand million layers, and building them, even without weights, would take for ever."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return  # a config by itself, or a folder that the library refuses
+    layout = read_layout(folder)
+    for name in _LAYERS:
+        layers = text_config(layout.config).get(name)
+        if isinstance(layers, int) and layers > len(layout.tensors):
+            raise InvalidInput(
+                f"{folder / 'config.json'}: {name} is {layers:,}, and the files of the model hold "
+                f"{len(layout.tensors):,} weights in all; fetch the model again"
+            )
+
+
+def _no_tokenizer(folder: Path, error: Exception) -> str:
+    """Why, and what to do: what the libraries say of a missing or broken file seldom names it."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        files = "the files of one (tokenizer.json, tokenizer_config.json)"
+        return f"it has no tokenizer.json, and {_why(error)}; put {files} beside the weights"
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "tokenizer.json is a Git LFS pointer; fetch what it stands for with git lfs pull"
+    try:
+        read_object(file, limit=_LARGEST_TOKENIZER)
+    except InvalidInput as problem:
+        return f"{problem}; fetch it again"
+    return f"{_why(error)}; fetch tokenizer.json and tokenizer_config.json again"
+
+
+def _why(error: Exception) -> str:
+    """What a library says, on one line: its first sentences, where it goes on to say how to change the library."""
+    if "ignore_mismatched_sizes" in str(error):  # it speaks of a table that it printed
+        return "the shapes of its weights are others than its config.json says"
+    said = " ".join(str(error).partition("\n\n")[0].split())
+    if isinstance(error, KeyError):
+        return f"{said} is missing in it"
+    return said if len(said) <= 400 else f"{said[:399]}…"
 
 
 def _keep_embedding_scale(model: Any) -> None:
@@ -74,8 +127,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     trust = trusted(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InvalidInput(f"{folder}: no tokenizer can be loaded: {error}") from error
+    except Exception as error:  # the libraries raise what they like, a bare Exception among it
+        raise InvalidInput(f"{folder}: no tokenizer can be loaded: {_no_tokenizer(folder, error)}") from error
     if not tokenizer.is_fast:
         raise InvalidInput(f"{folder}: the tokenizer is a slow one; convert it to tokenizer.json first")
     if tokenizer.pad_token is None:
@@ -103,6 +156,7 @@ def without_weights(config: "PretrainedConfig", **settings: Any) -> "PreTrainedM
     from transformers import AutoModelForCausalLM
 
     trust = trusted(Path(config.name_or_path))
+    _refuse_more_layers_than_weights(Path(config.name_or_path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **settings)
     return cast("PreTrainedModel", model)
@@ -194,7 +248,10 @@ def _gguf_metadata(file: Path) -> tuple[str, int]:
     try:
         reader = GGUFReader(file)
     except (OSError, ValueError, IndexError) as error:
-        raise InvalidInput(f"{file}: not a GGUF file that can be read: {error}") from error
+        raise InvalidInput(
+            f"{file}: not a GGUF file that can be read ({_why(error)}); fetch it again, or name a folder with "
+            "safetensors files (model.path)"
+        ) from error
 
     def value(name: str, default: Any) -> Any:
         field = reader.get_field(name)

@@ -290,3 +290,15 @@ def test_validate_looks_at_the_template_that_a_spec_names(text, wanted, base_mod
     spec.write_text(tiny.SPEC.replace("path: base,", "path: base, chat_template: own.jinja,"))
     with pytest.raises(SpecError, match=rf"spec\.yaml:2:\d+: {wanted}"):
         check_spec(*load_pipeline(spec))
+
+
+def test_a_row_that_a_template_refuses_is_shown_on_one_line_with_the_remedy(base_model, tmp_path):
+    from stages.conversation import render
+    from stages.model import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(shutil.copytree(base_model, tmp_path / "base")))
+    tokenizer.chat_template = "{{ raise_exception('roles must\\n\x1b[2Jalternate') }}"
+    with pytest.raises(
+        InvalidInput, match=r"base: the chat template fails on \[.*\]: roles must \\x1b\[2Jalternate; .*model\."
+    ):
+        render(tokenizer, CHAT)
