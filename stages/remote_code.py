@@ -65,17 +65,22 @@ def trusted(model: Path) -> bool:
     asks = _asks(model)
     if not asks:
         return False
-    if _allowed is None:
-        file, names = asks[0]
-        if _served_by_transformers(model):
-            return False
-        raise InvalidInput(_refusal(model, file, names))
+    if _allowed is None and _served_by_transformers(model):
+        return False
     for file, names in asks:
         if any(_ELSEWHERE in name for name in names):
             raise InvalidInput(
                 f"{file}: asks for code of another repository ({', '.join(names)}), which no digest of this folder "
                 "covers; put its Python files into the folder and name the classes without the repository"
             )
+    if not code_files(model):
+        file, names = asks[0]
+        raise InvalidInput(
+            f"{file}: the model needs Python code ({', '.join(names)}), and transformers has no classes of its own for "
+            "it; the folder holds no Python files: fetch the model again with them, read them, and run this again"
+        )
+    if _allowed is None:
+        raise InvalidInput(_refusal(model, *asks[0]))
     if (found := code_digest(model)) != _allowed:
         raise InvalidInput(
             f"{model}: its Python files have the sha256 {found}, and the spec allows {_allowed} ({FIELD}); they were "

@@ -128,8 +128,16 @@ def test_code_of_another_repository_is_refused_whatever_the_spec_allows(base, ma
     edit_json(base / "config.json", auto_map=elsewhere)
     with allowing(code_digest(base)), pytest.raises(InvalidInput, match="code of another repository"):
         trusted(base)
-    with pytest.raises(InvalidInput, match="brings Python code"):
+    with pytest.raises(InvalidInput, match="code of another repository"):  # a digest to allow would lead nowhere
         trusted(base)
+
+
+def test_code_that_is_not_there_is_asked_for_and_no_digest_of_nothing_is_offered(base):
+    for file in base.glob("*.py"):
+        file.unlink()
+    for digest in (None, code_digest(base)):
+        with allowing(digest), pytest.raises(InvalidInput, match="holds no Python files: fetch the model again"):
+            trusted(base)
 
 
 def test_a_digest_for_a_model_without_code_is_refused_as_inert(base_model, tmp_path):
