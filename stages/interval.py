@@ -114,9 +114,9 @@ def resampled(tops: Sequence[float], weights: Sequence[float], threshold: float,
 
 
 def count_differing(values: Sequence[float]) -> int:
-    """How many are not as most are; all of them where no two are alike."""
+    """How many are not as most are; all of them where no value is that of more than half."""
     alike = max(Counter(values).values())
-    return len(values) - (alike if alike > 1 else 0)
+    return len(values) - (alike if 2 * alike > len(values) else 0)
 
 
 def reported(value: float, error: float, n: int, threshold: float, confidence: float) -> Interval:

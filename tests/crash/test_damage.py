@@ -64,7 +64,7 @@ HARMS = {
 Harm = Callable[[Path], object]
 each_harm = pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
 GATES = (
-    ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2}]"),
+    ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2, confidence: null}]"),
     ("    gates: [{metric: answers, improves_on: previous}]\n", ""),
     ("    gates: [{metric: pairs, at_least: 0.6}]\n", ""),
 )

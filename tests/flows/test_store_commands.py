@@ -110,7 +110,10 @@ def test_a_run_until_a_stage_protects_the_stages_after_it(edited: Project) -> No
 
 def test_nothing_is_left_to_do_only_when_the_kept_verdicts_are_those_of_todays_gates(edited: Project) -> None:
     edited.edit(
-        ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2}]"),
+        (
+            "gates: [{metric: domain, improves_on: base, by: 5%}]",
+            "gates: [{metric: domain, at_most: 2, confidence: null}]",
+        ),
         ("    gates: [{metric: answers, improves_on: previous}]\n", ""),
         ("    gates: [{metric: pairs, at_least: 0.6}]\n", ""),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stages.interval import BLOCKS, FEWEST, MOST, counted, reported, resampled
+from stages.interval import BLOCKS, FEWEST, MOST, count_differing, counted, reported, resampled
 
 PAIRS = (-1.0, 0.0, 1.0)
 
@@ -110,6 +110,12 @@ def test_a_difference_that_hangs_on_few_examples_has_no_bounds(differing):
     found = resampled([0.0] * (100 - differing) + [0.3 + n / 100 for n in range(differing)], [1.0] * 100, 0.0, 0.95)
     assert (found.low, found.high) == (-math.inf, math.inf)
     assert found.enough == math.ceil(100 * FEWEST / differing)
+
+
+def test_examples_that_happen_to_agree_are_not_taken_for_too_few():
+    assert count_differing([1.0, 1.0, 2.0, 3.0]) == 4
+    assert count_differing([1.0, 1.0, 1.0, 2.0, 3.0]) == 2
+    assert math.isfinite(resampled([0.1, 0.1, *(one / 7 for one in range(FEWEST - 2))], [1.0] * FEWEST, 0, 0.95).low)
 
 
 def test_where_every_example_says_the_same_there_is_no_noise():
