@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from specs.gate import CONFIDENCE, GateSpec, share
@@ -161,18 +161,23 @@ def _from_examples(gate: GateSpec, claim: _Claim) -> Interval:
         return claim.sign * (mine - claim.factor * other)
 
     others = ours.numerators if theirs is None else theirs.numerators
-    pairs = list(zip(ours.numerators, others, strict=True))
-    tops = [combined(*pair) for pair in pairs]
-    found = set(ours.numerators) | set(others)
+    rows = [row for row in zip(ours.numerators, others, ours.weights, strict=True) if any(row)]
+    tops = [combined(mine, other) for mine, other, _ in rows]
+    weights = [weight for _, _, weight in rows]
+    found = {number for mine, other, _ in rows for number in (mine, other)}
     scale = next((one for one in SCALES if found <= one), None)
-    in_bounds = set(ours.weights) == {1.0} and min(found) >= 0 and max(found) <= 1
+    in_bounds = set(weights) == {1.0} and min(found) >= 0 and max(found) <= 1
     if in_bounds and (scale is not None or count_differing(tops) < FEWEST):
         possible = {combined(mine, other) for mine in scale or SCALES[0] for other in scale or SCALES[0]}
         shares = dict.fromkeys(sorted(possible | set(tops)), 0.0)
         for top, count in Counter(tops).items():
-            shares[top] = count / ours.n
-        return counted(shares, ours.n, claim.threshold, confidence)
-    return resampled(tops, ours.weights, claim.threshold, confidence)
+            shares[top] = count / len(rows)
+        interval = counted(shares, len(rows), claim.threshold, confidence)
+    else:
+        interval = resampled(tops, weights, claim.threshold, confidence)
+    if interval.enough is None or len(rows) == ours.n:
+        return interval
+    return replace(interval, enough=math.ceil(interval.enough * ours.n / len(rows)))  # some examples never count
 
 
 def _from_errors(gate: GateSpec, claim: _Claim) -> Interval | None:

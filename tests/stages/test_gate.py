@@ -324,6 +324,16 @@ def test_rates_between_miss_and_hit_are_counted_where_few_of_them_changed():
     assert verdict(gate(keeps="base", within=0.1), ties, ties).passed
 
 
+def test_of_a_rate_over_some_examples_the_others_are_not_counted():
+    """The accuracy on pairs whose chosen answer is the longer one: half of these pairs."""
+    some = [float(one % 2) for one in range(100)]
+    here = ratio([0.0 if one < 8 else weight for one, weight in enumerate(some)], some, "higher")
+    alone = ratio([0.0] * 4 + [1.0] * 46, [1.0] * 50, "higher")
+    found, wanted = (verdict(gate(at_least=0.85), one) for one in (here, alone))
+    assert (found.outcome, found.low, found.high) == ("undecided", wanted.low, wanted.high)
+    assert found.enough == pytest.approx(2 * wanted.enough, abs=1)
+
+
 def test_that_nothing_at_all_is_lost_needs_a_tolerance_or_a_gain():
     found = verdict(gate(keeps="base"), accuracy(60, 100), accuracy(60, 100))
     assert found.reason.endswith(
@@ -425,3 +435,76 @@ def test_a_verdict_is_kept_as_plain_json():
 def test_the_same_measurements_come_to_the_same_verdict():
     rule = gate(improves_on="base", by="1%")
     assert verdict(rule, bits(1.0), bits(1.1)) == verdict(rule, bits(1.0), bits(1.1))
+
+
+# Honest, from the gate to the verdict
+
+
+SAMPLES = 400
+
+
+def passes(rule: GateSpec, sample) -> float:
+    """How often a gate passes over many samples, the number of the sample being its seed."""
+    return sum(verdict(rule, *sample(random.Random(seed))).passed for seed in range(SAMPLES)) / SAMPLES
+
+
+def questions(right: float, gained: float, lost: float, n: int = 120):
+    """Two models on the same questions: the reference is right at that rate, some are gained and some lost."""
+
+    def sample(pick: random.Random) -> tuple[Measure, Measure]:
+        cells = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
+        drawn = pick.choices(cells, [right - lost, lost, gained, 1 - right - gained], k=n)
+        return tuple(ratio([one[side] for one in drawn], [1.0] * n, "higher") for side in (0, 1))
+
+    return sample
+
+
+def texts(change: float, n: int = 60):
+    """Bits of two models on the same documents, whose sizes span a hundredfold."""
+
+    def sample(pick: random.Random) -> tuple[Measure, Measure]:
+        sizes = [float(1 + int(pick.lognormvariate(6, 1))) for _ in range(n)]
+        theirs = [size * max(0.2, pick.gauss(1.1, 0.2)) for size in sizes]
+        ours = [
+            bits * (1 + change) + pick.gauss(0, 1.5) * math.sqrt(size) for bits, size in zip(theirs, sizes, strict=True)
+        ]
+        return ratio(ours, sizes, "lower"), ratio(theirs, sizes, "lower")
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("rule", "sample"),
+    [
+        (gate(improves_on="base"), questions(0.5, 0.1, 0.1)),
+        (gate(improves_on="base", by=0.05), questions(0.5, 0.15, 0.1)),
+        (gate(improves_on="base", by="10%"), questions(0.5, 0.15, 0.1)),
+        (gate(keeps="base", within=0.03), questions(0.7, 0.02, 0.05)),
+        (gate(keeps="base", within="5%"), questions(0.8, 0.02, 0.06)),
+        (gate(at_least=0.5), questions(0.5, 0.1, 0.1)),
+        (gate(at_most=0.7), questions(0.7, 0.1, 0.1)),
+        (gate(improves_on="base"), texts(0.0)),
+        (gate(improves_on="base", by="4%"), texts(-0.04)),
+        (gate(keeps="base", within="8%"), texts(0.08)),
+        (gate(keeps="base", within=0.11), texts(0.1)),
+        (gate(at_most=1.1), texts(0.0)),
+    ],
+    ids=lambda one: str(one) if isinstance(one, GateSpec) else "",
+)
+def test_a_model_exactly_on_the_threshold_passes_in_one_of_twenty_samples(rule, sample):
+    assert passes(rule, sample) <= 0.085, "5% and what chance adds to it in so many samples; once in a thousand more"
+
+
+@pytest.mark.parametrize(
+    ("rule", "sample"),
+    [
+        (gate(improves_on="base"), questions(0.5, 0.18, 0.05)),
+        (gate(keeps="base", within=0.05), questions(0.7, 0.05, 0.02)),
+        (gate(at_least=0.5), questions(0.65, 0.1, 0.1)),
+        (gate(improves_on="base", by="4%"), texts(-0.08)),
+        (gate(keeps="base", within="8%"), texts(0.02)),
+    ],
+    ids=lambda one: str(one) if isinstance(one, GateSpec) else "",
+)
+def test_a_model_well_beyond_the_threshold_passes(rule, sample):
+    assert passes(rule, sample) > 0.8
