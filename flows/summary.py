@@ -11,7 +11,13 @@ from stages.gate import Verdict
 from stages.plan import RELEASE, Plan, Step
 
 _ABSENT = "–"
-_EXTRA_MEASURES = {"reward_accuracy": ("reward_margin", "policy_accuracy")}
+_ANSWERS = ("self_bleu", "refusal_rate", "empty_rate", "truncated_rate", "repetition_rate", "length")
+_EXTRA_MEASURES = {
+    "reward_accuracy": ("reward_margin", "policy_accuracy", "length_bias"),
+    "distinct_2": _ANSWERS,
+    "chrf": ("exact_match", "distinct_2", *_ANSWERS),
+}
+"""What stands in the table beneath a metric's own choice, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def summarise(plan: Plan) -> Summary:
 def _metric_rows(metric: str, steps: list[Step]) -> list[tuple[str, ...]]:
     found = [step.evaluation(metric) for step in steps]
     default = next((evaluation.default for evaluation in found if evaluation is not None), "")
-    names = [default, *_EXTRA_MEASURES.get(default, ())]
+    known = {name for evaluation in found if evaluation is not None for name in evaluation.measures}
+    names = [default, *(name for name in _EXTRA_MEASURES.get(default, ()) if name in known)]
     rows = [(f"{metric} · {name}", *(_value(evaluation, name) for evaluation in found)) for name in names]
     words = [None if evaluation is None else evaluation.shown.get("word_perplexity") for evaluation in found]
     if any(words):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stages.errors import InvalidInput
 from stages.measure import Measure, ratio
 from stages.metrics import harness, perplexity, preference
 from stages.model import load_plain, load_tokenizer
+from stages.plan import make_plan
 
 pytestmark = pytest.mark.model
 
@@ -295,6 +297,22 @@ def test_an_unknown_metric_lists_those_there_are(model, tokenizer, folder):
         harness.measure(task_spec(metric="f1", limit=2), folder, model, tokenizer, chat_template=False)
 
 
+# Documentation
+
+
+@pytest.mark.parametrize("kind", evaluate.VERSIONS)
+def test_every_measure_is_documented(kind):
+    text = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    lines = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    at = next(number for number, line in enumerate(lines) if line.strip() == f"**{kind}**")
+    named = []
+    for line in lines[at + 1 :]:
+        if line.strip().strip("*") in evaluate.VERSIONS:
+            break
+        named += re.findall(r"`(\w+)`", line)
+    assert sorted(named) == sorted(evaluate.MEASURES.get(kind, ()))
+
+
 # What is kept
 
 
@@ -337,3 +355,13 @@ def test_an_edited_evaluation_is_measured_again(tmp_path, chain):
     edited.write_text(json.dumps(document))
     moved = replace(step, measurements=(measurement.model_copy(update={"file": str(edited)}),))
     assert [one.metric for one in moved.missing] == [measurement.metric]
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "lm_eval"])
+def test_another_version_of_a_metrics_code_measures_again_and_trains_nothing(kind, chain, monkeypatch):
+    monkeypatch.setitem(evaluate.VERSIONS, kind, evaluate.VERSIONS[kind] + 1)
+    again = make_plan(chain.pipeline, chain.folder, chain.store.parent)
+    assert all(step.artifact is not None for step in again.steps)
+    of_kind = [name for name, metric in chain.pipeline.metrics.items() if metric.kind == kind]
+    for step in again.steps[:-1]:
+        assert [one.metric for one in step.missing] == of_kind
