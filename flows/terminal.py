@@ -113,7 +113,9 @@ def print_summary(summary: Summary) -> None:
     """Metrics per step, verdicts, costs, and where the model is."""
     _table(summary.title, summary.columns, summary.metrics)
     for stage, verdict in summary.verdicts:
-        out.print(f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {stage}: {escape(verdict.reason)}", soft_wrap=True)
+        out.print(
+            f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {stage}: {escape(verdict.reason)}", soft_wrap=True
+        )
     _table("", summary.columns, summary.costs)
 
 

@@ -123,6 +123,10 @@ def test_nothing_is_left_to_do_only_when_the_kept_verdicts_are_those_of_todays_g
     verdicts = [verdict.as_record() for verdict in verdicts_of(plan, step)]
     write_sealed(step.place / VERDICT, {"gates": verdicts, "passed": True})
     assert is_done(plan)
+    old = {"gate": "domain at most 2", "passed": True, "value": 1.5, "reference": 2.0, "change": -0.5, "n": 1}
+    write_sealed(step.place / VERDICT, {"gates": [old], "passed": True})
+    assert not is_done(edited.plan()), "judged by gates of an older version"
+    write_sealed(step.place / VERDICT, {"gates": verdicts, "passed": True})
     edited.edit(("at_most: 2", "at_most: 3"))
     assert not is_done(edited.plan()), "judged by another threshold"
     edited.edit(("at_most: 3", "at_most: 2"))
