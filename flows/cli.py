@@ -34,7 +34,6 @@ ARTIFACTS = "artifacts"
 
 SpecFile = Annotated[Path, Parameter(help="The spec file.")]
 Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
-
 Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project folder, or a spec.")]
 
 
@@ -161,7 +160,7 @@ def _described(release: Path) -> str:
 def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
     global _unheard  # noqa: PLW0603 - how the process leaves
     from flows import process
-    from flows.server import embed_server, use_project_server
+    from flows.server import embed_server, embedded_died, use_project_server
 
     for place in ("HANDLERS_CONSOLE", "INTERNAL"):  # the terminal has its own lines; the UI keeps Prefect's
         os.environ.setdefault(f"PREFECT_LOGGING_{place}_LEVEL", "CRITICAL")
@@ -177,6 +176,7 @@ def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
             ready()
         _unheard = run_with_prefect(asked, listen)
     finally:
+        _unheard = _unheard or embedded_died()
         process.dismiss()
 
 

@@ -61,7 +61,12 @@ T = TypeVar("T")
 class _Ending:
     """How the work itself ended, whatever Prefect makes of it."""
 
-    error: Exception | None = None
+    error: BaseException | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody wanted the run to end."""
+        return self.error is not None and not isinstance(self.error, Exception)
 
 
 _listener: Listener | None = None
@@ -96,13 +101,13 @@ def pipeline(
         reason = explain(error) if isinstance(error, OSError) else error
         _endings.append(_Ending(reason))
         return _failed(reason)
-    except Exception as error:  # a fault of ours: the terminal gets it, Prefect its traceback
+    except BaseException as error:  # interrupted, or a fault of ours: the terminal gets it, Prefect its traceback
         _endings.append(_Ending(error))
         raise
     else:
         _endings.append(_Ending())
     finally:
-        if _endings:  # else it is interrupted
+        if not _endings[0].interrupted:
             hooks.report(run)
         hooks.close()
     kept = sum(outcome.kept for outcome in outcomes)
@@ -136,6 +141,8 @@ def run_with_prefect(run: Run, listen: Listener) -> bool:
             if isinstance(lost, httpx.HTTPError):
                 reason = f"Prefect cannot be told that a run begins: {_line(lost)}; --no-prefect does without it"
                 raise ServerError(reason) from lost
+            raise
+        if _endings[0].interrupted and not isinstance(lost, httpx.HTTPError):
             raise
         unheard = _line(lost)
     if not _endings:
@@ -197,9 +204,18 @@ class _PrefectHooks:
 
     def phase(self, step: Step, name: str, body: Callable[[], None]) -> None:
         """One task, called directly: in the main thread, where signals reach the stage's process."""
+
+        def inside() -> None:
+            try:
+                body()
+            except BaseException as error:
+                if not isinstance(error, Exception):  # whoever interrupts a run waits for no server
+                    self._reachable()
+                raise
+
         _shielded(
             task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0),
-            body,
+            inside,
             lambda _: Completed(),
             {},
         )
@@ -289,7 +305,7 @@ def _shielded(
 ) -> T:
     """Run ``body`` inside a Prefect flow or task that shows its outcome, and give back what it gave or raised."""
     values: list[T] = []
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def shielded(**_: Any) -> State[Any]:
         try:
@@ -297,7 +313,7 @@ def _shielded(
         except (TriviumError, OSError) as error:
             errors.append(error)
             return _failed(explain(error))
-        except Exception as error:
+        except BaseException as error:  # an interruption too: a server that is away must not turn it into another try
             errors.append(error)
             raise
         return state_of(values[0])
