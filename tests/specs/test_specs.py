@@ -653,7 +653,9 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     ),
     "unknown metric": (
         [("metric: pairs", "metric: pair")],
-        ["30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa"],
+        [
+            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa"
+        ],
     ),
     "unknown metric with a measure": (
         [("qa.acc_norm", "zzz.acc_norm")],
@@ -708,7 +710,8 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [("metric: pairs", "metric: pair"), ("name: polish", "name: answers"), ("keeps: previous", "keeps: x")],
         [
             "19:31: stages[0].gates[1].keeps: no earlier stage 'x'; allowed: base, previous",
-            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa",
+            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? "
+            "allowed: domain, pairs, samples, qa",
             "32:5: stages[3].name: stage name 'answers' is used twice; stage names are unique",
         ],
     ),
