@@ -654,7 +654,8 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "unknown metric": (
         [("metric: pairs", "metric: pair")],
         [
-            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? allowed: domain, pairs, samples, qa"
+            "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? "
+            "allowed: domain, pairs, samples, qa"
         ],
     ),
     "unknown metric with a measure": (
