@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specs.printable import printable_line
 from stages.documents import PARTIAL, make_folder, sync, write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.manifest import NAME, read_manifest, sealed
@@ -249,7 +250,7 @@ def _compared(file: Path, expected: str, name: str, digest: Callable[[Path], str
 
 def _shown(name: str) -> str:
     """A name from the disk, which may hold anything, as text that can be printed."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return printable_line(name.encode("utf-8", "backslashreplace").decode())
 
 
 def beneath(identity: str, model: Path) -> dict[str, Any]:

@@ -156,6 +156,14 @@ def test_every_flipped_byte_is_noticed(published):
     assert damage(published) == []
 
 
+def test_the_name_of_a_stray_file_forges_no_line_and_moves_no_cursor(published):
+    (published.path / "x\x1b[2Jy\nall is whole").touch()
+    [found] = damage(published)
+    assert "\x1b" not in found
+    assert "\n" not in found
+    assert found.endswith("does not belong there")
+
+
 def test_all_damage_is_told_at_once(published):
     (published.path / "model/config.json").unlink()
     (published.path / "training.json").write_text("x")
