@@ -31,7 +31,6 @@ DEFAULT_SPEC = "spec.yaml"
 """The spec of a project folder."""
 ARTIFACTS = "artifacts"
 """The folder of the artifacts, beside the spec."""
-
 SpecFile = Annotated[Path, Parameter(help="The spec file.")]
 Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
 Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project folder, or a spec.")]
@@ -160,7 +159,7 @@ def _described(release: Path) -> str:
 def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
     global _unheard  # noqa: PLW0603 - how the process leaves
     from flows import process
-    from flows.server import embed_server, embedded_died, use_project_server
+    from flows.server import embed_server, use_project_server
 
     for place in ("HANDLERS_CONSOLE", "INTERNAL"):  # the terminal has its own lines; the UI keeps Prefect's
         os.environ.setdefault(f"PREFECT_LOGGING_{place}_LEVEL", "CRITICAL")
@@ -170,13 +169,16 @@ def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
             # The first step imports while Prefect does, and while its server starts.
             process.warm(plan.job(plan.pending[0]).kind, offline=plan.pipeline.is_offline)
         ready = None if use_project_server(asked.root) else embed_server(asked.root)
-        from flows.pipeline import run_with_prefect
+        from flows.pipeline import run_with_prefect, server_answers
 
         if ready is not None:
             ready()
-        _unheard = run_with_prefect(asked, listen)
+        try:
+            _unheard = run_with_prefect(asked, listen)
+        except BaseException:
+            _unheard = not server_answers()
+            raise
     finally:
-        _unheard = _unheard or embedded_died()
         process.dismiss()
 
 
@@ -187,8 +189,7 @@ def show(spec: SpecFile, *, root: Root = None) -> None:
     from flows.summary import summarise
     from flows.terminal import print_summary
 
-    summary = summarise(Run(spec, root_of(spec, root)).plan())
-    print_summary(summary)
+    print_summary(summary := summarise(Run(spec, root_of(spec, root)).plan()))
     print(f"model:  {_described(summary.release) if summary.release else 'not released yet'}")  # noqa: T201
 
 
@@ -358,7 +359,6 @@ def main() -> None:
     code = _run(sys.argv[1:])
     if _unheard:  # Prefect would go on for minutes, once per event, to knock at the door of a server that is gone
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

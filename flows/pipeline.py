@@ -149,8 +149,11 @@ def run_with_prefect(run: Run, listen: Listener) -> bool:
         raise StageFailed("Prefect did not start the run; use --no-prefect")
     if unheard:
         sys.stderr.write(f"trivium: the results are safe in {run.root}; reporting to Prefect failed: {unheard}\n")
-    if (error := _endings[0].error) is not None:
-        raise error
+    ending = _endings[0]
+    if ending.interrupted:  # by Prefect's own exception for SIGTERM, which means nothing to the command line
+        raise KeyboardInterrupt from ending.error
+    if ending.error is not None:
+        raise ending.error
     return bool(unheard)
 
 
@@ -259,7 +262,7 @@ class _PrefectHooks:
     def _reachable(self) -> bool:
         """Whether the server answers. While it does not, Prefect's client asks once, and not for minutes each time."""
         self._impatient.close()
-        answers = _server_answers()
+        answers = server_answers()
         if not answers:
             self._impatient.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
         return answers
@@ -285,7 +288,7 @@ class _PrefectHooks:
                 return
 
 
-def _server_answers() -> bool:
+def server_answers() -> bool:
     """Whether a server is there at all, by one short question: Prefect's own client would ask for minutes."""
     url = get_current_settings().api.url
     if not url:

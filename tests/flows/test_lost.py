@@ -122,6 +122,24 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_marks_it_as_crashed(tmp
     assert "Traceback" not in errors
 
 
+def test_a_run_that_is_told_to_stop_together_with_its_server_stops_and_starts_nothing_again(tmp_path: Path) -> None:
+    spec = tiny.write_project(tmp_path, SPEC.replace("max_steps: 40", "max_steps: 20000"))
+    command = [*TRIVIUM, "run", str(spec), "--until", "knowledge"]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as child:
+        wait_for(lambda: sealed(spec), "a first checkpoint")
+        tree = psutil.Process(child.pid).children(recursive=True)
+        for process in [*tree, child]:  # as systemd does it
+            process.terminate()
+        errors = child.communicate(timeout=DEADLINE)[1]
+    assert child.returncode == 75, errors
+    assert "trivium: stopped; run again to go on" in errors
+    assert "resuming" not in errors
+    assert "Traceback" not in errors
+    wait_for(lambda: all(map(is_gone, tree)), "the whole tree to end")
+
+
 def test_a_hung_stage_is_ended_crashed_in_prefect_and_gone_on_with(tmp_path: Path) -> None:
     spec = tiny.write_project(tmp_path, SPEC.replace("max_steps: 40", "max_steps: 20000"))
     command = [sys.executable, "-c", IMPATIENT, "run", str(spec), "--until", "knowledge"]
