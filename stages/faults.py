@@ -42,6 +42,8 @@ def explain(error: BaseException, job: Job | None = None, phase: str = "") -> Tr
             continue  # its words are not evidence: a stage's reason, and a row that is quoted, may speak of memory
         if (reason := _full(cause)) is not None:
             return StageFailed(_disk_message(cause, reason, job, phase))
+        if _errno(cause) == errno.EROFS:
+            return StageFailed(_read_only_message(cause, job, phase))
         if isinstance(cause, MemoryError) or _errno(cause) == errno.ENOMEM or _MEMORY.search(str(cause)):
             return StageFailed(_memory_message(cause, job, phase))
     if isinstance(error, TriviumError):
@@ -86,6 +88,15 @@ def _disk_message(error: BaseException, reason: str, job: Job | None, phase: str
         f"{_who(job, phase)}{reason}: {place} cannot be written ({room}). What is published is whole. Free space "
         "(`trivium gc` shows what can go) or keep the artifacts on a larger disk (--root FOLDER), then run "
         f"again{_goes_on(job)}"
+    )
+
+
+def _read_only_message(error: BaseException, job: Job | None, phase: str) -> str:
+    named = getattr(error, "filename", None)
+    place = named or _being_written(job, phase) or f"a file ({error})"
+    return (
+        f"{_who(job, phase)}{place} cannot be written: its file system is read-only. What is published is whole. Mount "
+        f"it for writing, or keep the artifacts elsewhere (--root FOLDER), then run again{_goes_on(job)}"
     )
 
 

@@ -244,6 +244,25 @@ def test_a_full_disk_beneath_an_error_of_ours_is_told_as_what_it_is():
     assert str(explain(ours)).startswith("the disk is full: /nowhere/models/blob cannot be written (")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system", "/nowhere/model.safetensors"),
+        Exception("Read-only file system (os error 30)"),
+    ],
+)
+def test_a_disk_that_may_not_be_written_to_is_told_with_what_to_do(error, project, tmp_path):
+    job = only_job(write_spec(project), tmp_path)
+    place = getattr(error, "filename", None) or f"{job.work}/checkpoints"
+    found = explain(error, job, "train")
+    assert isinstance(found, StageFailed)
+    assert str(found) == (
+        f"stage only, train: {place} cannot be written: its file system is read-only. What is published is whole. "
+        "Mount it for writing, or keep the artifacts elsewhere (--root FOLDER), then run again: it starts this "
+        "step from its beginning"
+    )
+
+
 def test_a_full_disk_is_told_at_once_without_reading_the_checkpoints_again(project, tmp_path, monkeypatch):
     job = only_job(write_spec(project), tmp_path)
     place = Path(job.work) / "checkpoints/checkpoint-1"
