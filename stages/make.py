@@ -83,7 +83,12 @@ def make_stage(
         output = work / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
-        model, handed = _hand_over(stage, prepared, tokenizer, start, output)
+        try:
+            model, handed = _hand_over(stage, prepared, tokenizer, start, output)
+        except Exception as error:
+            if getattr(error, "errno", None) is None:  # a full disk is told without reading what is on it
+                verified(parent)  # the merge reads it again: where it went meanwhile, that is the reason
+            raise
         beside = handed.get("distance_to_trained")
         apart = "" if beside is None else f"; {beside:.1e} from the trained model, on purpose"
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most{apart}")

@@ -186,3 +186,18 @@ def test_a_base_that_changes_during_a_run_fails_the_stage_that_started_from_it(p
     with pytest.raises(StageFailed, match=r"base.*model\.safetensors"):
         run_job(job)
     assert not Path(job.target).exists()
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # peft's, at the checkpoint after it
+@pytest.mark.parametrize("harmed", ["the artifact", "the folder that it refers to"])
+def test_a_start_that_goes_during_a_run_is_named_with_what_to_do(harmed, project, monkeypatch):
+    """The merge loads it again, and what libraries say of a folder that is not there helps nobody."""
+    job = only_job(write_spec(project, train=EVERY, method="lora"), project / "runs")
+    start = Path(str(job.start))
+    gone = start if harmed == "the artifact" else project / "base"
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(gone))
+    with pytest.raises(StageFailed, match=r"damaged since it was published: .*[Rr]un `?trivium run") as caught:
+        run_job(job)
+    assert str(caught.value).startswith(f"{start}: ")
+    assert not Path(job.target).exists()
+    assert checkpoint.newest_step(Path(job.work) / "checkpoints") > 0
