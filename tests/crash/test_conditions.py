@@ -101,6 +101,26 @@ def test_a_rerun_with_other_micro_batches_goes_on_with_the_same_rows(objective, 
     assert "at most 2 steps are trained again" in told
 
 
+def test_micro_batches_that_change_twice_are_each_recorded_where_they_began(job):
+    whole = job("ift", 4)
+    run_job(whole)
+    wanted = result(whole)
+    set_aside(Path(whole.target))
+    killed_in_step(4, job("ift", 4), 1)
+    killed_in_step(3, job("ift", 2), 2)  # its third step: it resumed at step 2
+    rerun = job("ift", 1)
+    run_job(rerun)
+    found = result(rerun)
+    first = wanted.record["conditions"][0]
+    assert found.record["conditions"] == [
+        first,
+        first | {"from_step": 3, "micro_batch_size": 2},
+        first | {"from_step": 5, "micro_batch_size": 1},
+    ]
+    losses = [[entry["loss"] for entry in one.curve] for one in (wanted, found)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_a_rerun_that_recomputes_goes_on_and_says_so(job, capfd):
     killed_in_step(4, job("cpt", 2), 2)
     rerun = job("cpt", 1, ", gradient_checkpointing: true")
