@@ -256,6 +256,7 @@ def test_an_interrupt_while_it_waits_kills_the_whole_tree_at_once(working: Calla
     child = working(LONG_STEP)
     events = child.events()
     pids = [until(events, name)["pid"] for name in ("started", "child")]
+    until(events, "progress")  # what is said, and interrupted here, is of a process that trains
     with pytest.raises(KeyboardInterrupt):
         child.stop(lambda _line: signal.raise_signal(signal.SIGINT))
     wait_until_gone(*pids)
