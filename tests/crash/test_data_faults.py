@@ -13,6 +13,8 @@ from tiny import write_data, write_model, write_rows
 from stages import checkpoint
 from stages.errors import StageFailed, TriviumError
 from stages.job import Job
+from stages.pipeline import load_pipeline
+from stages.plan import make_plan
 from stages.run import run_job
 
 pytestmark = [pytest.mark.model, pytest.mark.crash]
@@ -201,3 +203,30 @@ def test_a_start_that_goes_during_a_run_is_named_with_what_to_do(harmed, project
     assert str(caught.value).startswith(f"{start}: ")
     assert not Path(job.target).exists()
     assert checkpoint.newest_step(Path(job.work) / "checkpoints") > 0
+
+
+def harm(file: Path) -> None:
+    """Another last byte: the same size, and still a number."""
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3e")
+
+
+@pytest.mark.parametrize("harmed", ["the artifact", "the folder that it refers to"])
+def test_a_start_that_was_damaged_since_the_plan_is_refused_before_it_is_loaded(harmed, project, refusal):
+    job = only_job(write_spec(project, train=EVERY), project / "runs")
+    start = Path(str(job.start))
+    file = start / "probe.safetensors" if harmed == "the artifact" else project / "base/model.safetensors"
+    harm(file)
+    told = refusal(job)
+    assert told.startswith(f"{start}: damaged since it was published: ")
+    assert f"{file.name} was changed" in told
+    assert "un `trivium run` on the spec" in told
+
+
+def test_a_base_that_changed_since_the_plan_is_not_published(project):
+    pipeline, _ = load_pipeline(write_spec(project))
+    job = (plan := make_plan(pipeline, project, project / "runs", until="only")).job(plan.steps[0])
+    harm(file := project / "base/model.safetensors")
+    with pytest.raises(StageFailed, match="base: changed since this run was planned: ") as caught:
+        run_job(job)
+    assert str(file) in str(caught.value)
+    assert not Path(job.target).exists()
