@@ -126,15 +126,14 @@ def run(
         until_stage: Leave out the stages after this one, and the release.
         prefect: Show the run in Prefect; without it the same work is done and nothing is recorded there.
     """
-    from flows.engine import Plain, Run, is_done, remember_plan, run_chain
+    from flows.engine import Plain, Run, nothing_to_do, run_chain
     from flows.summary import summarise
     from flows.terminal import Watcher, print_summary
 
     asked = Run(spec.absolute(), root_of(spec, root), from_stage, until_stage)
     plan = _explain(asked, starting=True)
     try:
-        if is_done(plan):
-            remember_plan(asked, plan)
+        if nothing_to_do(asked, plan):
             print("Nothing changed: every step is published and every gate passes.")  # noqa: T201
         else:
             with Watcher() as listen:
@@ -143,7 +142,7 @@ def run(
                 else:
                     run_chain(asked, Plain(listen))
     finally:
-        summary = summarise(asked.plan())
+        summary = summarise(asked.plan(pipeline=plan.pipeline))
         print_summary(summary)
     if summary.release is not None:
         print(f"model:  {_described(summary.release)}")  # noqa: T201

@@ -2,22 +2,23 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from flows import process
-from stages.artifact import JOBS, MODEL, VERDICT, read, set_aside
+from stages.artifact import JOBS, LOCKS, MODEL, VERDICT, read, set_aside
 from stages.check import check_base, check_inputs
 from stages.documents import read_sealed, write_sealed
 from stages.errors import GateRefused, InvalidInput
 from stages.faults import explain
 from stages.gate import Verdict, judge
 from stages.job import Job, write_job
-from stages.lock import exclusive
+from stages.lock import ENDINGS, exclusive, shared
 from stages.measure import Measure
-from stages.pipeline import load_pipeline
-from stages.plan import Plan, Step, make_plan
+from stages.pipeline import Pipeline, load_pipeline
+from stages.plan import RELEASE, Plan, Step, make_plan
 from stages.store import remember
 
 PHASES = {
@@ -106,14 +107,19 @@ class Run:
     until_stage: str | None = None
     """Leave out the stages after this one, and the release."""
 
-    def plan(self, *, forced: bool = False) -> Plan:
+    def plan(self, *, forced: bool = False, pipeline: Pipeline | None = None) -> Plan:
         """Compare the spec with what is published.
+
+        Args:
+            forced: plan with `from_stage`.
+            pipeline: the spec as it was read before; None reads it.
 
         Raises:
             SpecError: the spec is invalid.
             InvalidInput: a named stage or a file does not exist.
         """
-        pipeline, _ = load_pipeline(self.spec)
+        if pipeline is None:
+            pipeline, _ = load_pipeline(self.spec)
         names = [stage.name for stage in pipeline.stages]
         for option, name in (("--from", self.from_stage), ("--until", self.until_stage)):
             if name is not None and name not in names:
@@ -144,13 +150,13 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     remember_plan(run, plan)
     if plan.pending:
         check_inputs(plan.pipeline, plan.folder)
-    for step in plan.steps:
-        if step.damaged is not None:
-            set_aside(step.damaged)
+    _set_aside(run, plan)
     outcomes = []
     try:
         for number in range(len(plan.steps)):
-            plan = run.plan()  # anew: the files under a step may have changed while others ran
+            # Anew, for the files under a step may have changed while others ran; of the spec as it was: who edits it
+            # meanwhile means the next run.
+            plan = run.plan(pipeline=plan.pipeline)
             step = plan.steps[number]
             outcome = hooks.step(step, lambda plan=plan, step=step: _run_step(plan, step, hooks))  # type: ignore[misc]
             outcomes.append(outcome)
@@ -159,10 +165,47 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     finally:
         process.dismiss()
     if run.until_stage is None:
-        released = read(outcomes[-1].step.place)
-        if released is not None:
-            point_to(released.loadable, plan.store / MODEL)
+        _point_to_release(plan)
     return outcomes
+
+
+def _set_aside(run: Run, plan: Plan) -> None:
+    """Move away what is to be made anew, unless another run makes it, or makes something from it.
+
+    Raises:
+        TryAgain: one does; nothing was moved.
+    """
+    with ExitStack() as locks:
+        held = {step.key for step in plan.steps if step.damaged is not None}
+        for step in plan.steps:
+            if step.key in held:
+                for ending in ENDINGS:
+                    locks.enter_context(exclusive(_lock(plan, step, ending), step.target.name))
+        # Planned again under the locks: another run may have made it anew since.
+        for step in run.plan(forced=True, pipeline=plan.pipeline).steps if held else ():
+            if step.damaged is not None and step.key in held:
+                set_aside(step.damaged)
+
+
+def _lock(plan: Plan, step: Step, ending: str) -> Path:
+    return plan.store / LOCKS / f"{step.work.name}{ending}"
+
+
+def nothing_to_do(run: Run, plan: Plan) -> bool:
+    """Whether all is published and passed; then only what a killed run did not come to is made good."""
+    if not is_done(plan):
+        return False
+    remember_plan(run, plan)
+    _point_to_release(plan)
+    return True
+
+
+def _point_to_release(plan: Plan) -> None:
+    """Let the store's link name the release of ``plan``: another spec's run, or an edit, may have moved it."""
+    released = read(plan.steps[-1].place) if plan.steps[-1].name == RELEASE else None
+    link = plan.store / MODEL
+    if released is not None and not (link.is_symlink() and link.parent / link.readlink() == released.loadable):
+        point_to(released.loadable, link)
 
 
 def point_to(model: Path, link: Path) -> None:
@@ -193,7 +236,9 @@ def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     # The step's process takes the job's lock. This one is for what is written before: a second run of the same step
     # must leave the job file and the log of the first alone.
     name = Path(job.target).name
-    with exclusive(job.lock.with_suffix(".run"), name):
+    start = plan.steps[step.order - 1] if step.order else None
+    used = nullcontext() if start is None else shared(_lock(plan, start, ".used"), start.place.name)
+    with used, exclusive(_lock(plan, step, ".run"), name):
         with exclusive(job.lock, name):
             pass  # nobody does the step by hand, and no process of a killed run is still saving its checkpoint
         _work_alone(plan, step, job, hooks)

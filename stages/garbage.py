@@ -27,11 +27,11 @@ from stages.artifact import (
 )
 from stages.documents import PARTIAL, read_object, sync
 from stages.errors import InvalidInput, TryAgain
-from stages.lock import exclusive
+from stages.lock import ENDINGS, exclusive
 from stages.store import CURRENT, KEY, Current, ancestors, current, folders, stores, work_of
 
 _JOB = re.compile(rf".+-(?P<key>{KEY.pattern})\.[a-z.]+")
-_LOCK = re.compile(rf"(?P<key>{KEY.pattern})\.(?:lock|run)")
+_LOCK = re.compile(rf"(?P<key>{KEY.pattern})\.(?:lock|run|used)")
 _PARTIAL = re.compile(rf"\..+\.(?P<pid>\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
@@ -85,7 +85,7 @@ def remove(root: Path, wanted: Iterable[Item]) -> tuple[list[Item], list[str]]:
         items = list(wanted)
         for store, key in sorted({(_store_of(root, item), item.key) for item in items if item.key is not None}):
             try:
-                for ending in (".run", ".lock"):
+                for ending in ENDINGS:
                     locks.enter_context(exclusive((store / LOCKS / key).with_suffix(ending)))
                 held.add(key)
             except TryAgain as error:
@@ -275,7 +275,7 @@ def _locked(store: Path) -> set[str]:
 
 
 def _is_held(store: Path, key: str) -> bool:
-    for ending in (".run", ".lock"):
+    for ending in ENDINGS:
         file = (store / LOCKS / key).with_suffix(ending)
         if file.is_file():
             try:

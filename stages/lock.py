@@ -1,4 +1,8 @@
-"""One writer per stage, by the kernel's file lock: it is freed when its holder dies, however it dies."""
+"""One writer per stage, by the kernel's file lock: it is freed when its holder dies, however it dies.
+
+A step has three: `.lock` of the process that makes it, `.run` of the run that has it made, `.used` of every run that
+makes something from it. Who moves or removes an artifact takes them all.
+"""
 
 import fcntl
 import json
@@ -11,10 +15,13 @@ from typing import TextIO
 
 from stages.errors import TryAgain
 
+ENDINGS = (".run", ".lock", ".used")
+"""How the names of a step's locks end."""
+
 
 @contextmanager
 def exclusive(path: Path, name: str | None = None) -> Iterator[None]:
-    """Hold the lock at ``path``.
+    """Hold the lock at ``path`` alone.
 
     Args:
         path: the lock's file; made where it is missing, and left behind.
@@ -23,11 +30,24 @@ def exclusive(path: Path, name: str | None = None) -> Iterator[None]:
     Raises:
         TryAgain: another process holds it; the message names its pid and host.
     """
+    with _held(path, fcntl.LOCK_EX, name):
+        yield
+
+
+@contextmanager
+def shared(path: Path, name: str | None = None) -> Iterator[None]:
+    """Hold the lock at ``path`` together with others who only use what it protects; see `exclusive`."""
+    with _held(path, fcntl.LOCK_SH, name):
+        yield
+
+
+@contextmanager
+def _held(path: Path, kind: int, name: str | None) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise TryAgain(
