@@ -6,10 +6,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, CycloptsError, Parameter, validators
+from cyclopts import App, CycloptsError, Parameter
 
+from flows.model_commands import adapters, chat, combine, scan
+from flows.project import ARTIFACTS, DEFAULT_SPEC, Place, Root, SpecFile, root_of
 from stages.errors import InvalidInput, TriviumError, TryAgain
 
 if TYPE_CHECKING:
@@ -26,20 +28,10 @@ app = App(
     suppress_keyboard_interrupt=False,  # we have an exit code of our own for it
 )
 
-_unheard = False  # whether the Prefect server went away during the run
-DEFAULT_SPEC = "spec.yaml"
-"""The spec of a project folder."""
-ARTIFACTS = "artifacts"
-"""The folder of the artifacts, beside the spec."""
-SpecFile = Annotated[Path, Parameter(help="The spec file.")]
-Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
-Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project folder, or a spec.")]
+_unheard = False  # whether the Prefect server was gone when the run ended
 
-
-def root_of(spec: Path, root: Path | None) -> Path:
-    """Where the artifacts of a spec are."""
-    # Not resolve(): it raises for a link that leads to itself, and the spec's own reader says so better.
-    return Path(os.path.realpath(spec.parent / ARTIFACTS if root is None else root))
+for command in (scan, chat, adapters, combine):
+    app.command(command)
 
 
 @app.command
@@ -94,9 +86,10 @@ def _explain(asked: "Run", *, starting: bool = False) -> "Plan":
     found = asked.plan(forced=starting)
     counts = stage_counts(found, compute=not starting)
     check_counts(found, counts, document)
-    print_plan(found, stage_lines(found, counts), estimate(found, counts))
+    room = estimate(found, counts)
+    print_plan(found, stage_lines(found, counts), room)
     if starting:
-        refuse_if_full(found, counts)
+        refuse_if_full(room)
     _advise(warnings(pipeline, document, base_folder(found)))
     return found
 
@@ -173,10 +166,9 @@ def _with_prefect(asked: "Run", plan: "Plan", listen: "Listener") -> None:
         if ready is not None:
             ready()
         try:
-            _unheard = run_with_prefect(asked, listen)
-        except BaseException:
+            run_with_prefect(asked, listen)
+        finally:
             _unheard = not server_answers()
-            raise
     finally:
         process.dismiss()
 
@@ -227,106 +219,6 @@ def schema() -> None:
     from stages.pipeline import schema_text
 
     print(schema_text(), end="")  # noqa: T201
-
-
-@app.command
-def scan(
-    model: Path,
-    *,
-    output: Path | None = None,
-    top_percent: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=100))] = 25.0,
-    score: Literal["reference", "marchenko_pastur"] = "reference",
-    embeddings: bool = False,
-) -> None:
-    """Score every weight matrix of a model by signal-to-noise ratio, as method spectrum does; no GPU, little memory.
-
-    Args:
-        model: Folder of a checkpoint with safetensors files.
-        output: Where the table, lists for other trainers and a plot go; `spectrum/<model>` by default. A second scan
-            into the same folder goes on from what is there.
-        top_percent: Share of the matrices of each module type to select.
-        score: What ranks: the published code's score, or one with the noise edge that theory gives.
-        embeddings: Put the output head and the input embedding on the list to unfreeze, as the published code does.
-    """
-    from flows.scan import scan_model
-
-    name = model.resolve().name
-    scan_model(model, name, Path("spectrum") / name if output is None else output, top_percent, score, embeddings)
-
-
-@app.command
-def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_tokens: int = 200) -> None:
-    """Talk to a finished model.
-
-    Args:
-        folder: A project folder, a spec file, or the folder of a model or of an artifact.
-        prompt: Ask this and leave; without it, a conversation until an empty line.
-        root: Folder of the artifacts; `artifacts` beside the spec by default.
-        max_tokens: Longest answer.
-    """
-    from flows.engine import Run
-    from stages.artifact import MANIFEST
-    from stages.chat import converse
-    from stages.log import quiet
-    from stages.remote_code import allowing
-
-    if (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
-        with quiet():
-            converse(folder, prompt, max_tokens)
-        return
-    spec = folder / DEFAULT_SPEC if folder.is_dir() else folder
-    if not spec.is_file():
-        raise InvalidInput(f"{folder}: neither a model nor a project: no config.json, no {DEFAULT_SPEC}")
-    plan = Run(spec, root_of(spec, root)).plan()
-    last = plan.steps[-1]
-    if last.artifact is None:
-        raise InvalidInput(f"{spec}: no model is released yet; `trivium run {spec}` makes one")
-    with quiet(), allowing(plan.pipeline.model.allow_remote_code):
-        converse(last.artifact.loadable, prompt, max_tokens)
-
-
-@app.command
-def adapters(artifacts: list[Path], *, prompts: Path | None = None, max_tokens: int = 200) -> None:
-    """Serve the adapters of several stages from the one model that they started from.
-
-    Without a file, a conversation: `/use NAME` lets another adapter answer, an empty line ends.
-
-    Args:
-        artifacts: Folders of published stages that started from the same model.
-        prompts: JSON lines with `prompt` and `adapter` (a stage's name, or `base`); answers are printed as such lines.
-        max_tokens: Longest answer.
-    """
-    from stages.chat import converse_with_adapters
-    from stages.log import quiet
-
-    with quiet():
-        converse_with_adapters(artifacts, prompts, max_tokens)
-
-
-@app.command
-def combine(
-    artifacts: list[Path],
-    *,
-    to: Path,
-    weight: list[float] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-) -> None:
-    """Add up what several SVF stages of one base learned, with weights, into one plain model.
-
-    Args:
-        artifacts: Folders of published stages with method svf (or svft, pattern plain) that started from one model.
-        to: The folder to write; must not exist.
-        weight: How much of each, in order; 1 each by default.
-        dtype: Precision of the written weights.
-    """
-    from stages.combine import combine as add_up
-    from stages.log import quiet
-
-    with quiet():
-        record = add_up(artifacts, [1.0] * len(artifacts) if weight is None else weight, to, dtype)
-    for part in record["parts"]:
-        print(f"{part['weight']:+g} x {part['artifact']}")  # noqa: T201
-    print(f"model:  {to} (logits differ from the sum by {record['max_logit_error']:.1e} at most)")  # noqa: T201
 
 
 @app.command

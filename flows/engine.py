@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flows import process
-from stages.artifact import JOBS, LOCKS, MODEL, VERDICT, read, set_aside
+from stages.artifact import JOBS, MODEL, VERDICT, lock_file, read, set_aside
 from stages.check import check_base, check_inputs
 from stages.documents import read_sealed, write_sealed
 from stages.errors import GateRefused, InvalidInput
 from stages.faults import explain
 from stages.gate import Verdict, judge
 from stages.job import Job, write_job
-from stages.lock import ENDINGS, exclusive, shared
+from stages.lock import ENDINGS, RUN, USE, exclusive, shared
 from stages.measure import Measure
 from stages.pipeline import Pipeline, load_pipeline
 from stages.plan import RELEASE, Plan, Step, make_plan
@@ -188,7 +188,7 @@ def _set_aside(run: Run, plan: Plan) -> None:
 
 
 def _lock(plan: Plan, step: Step, ending: str) -> Path:
-    return plan.store / LOCKS / f"{step.work.name}{ending}"
+    return lock_file(plan.store, step.work.name, ending)
 
 
 def nothing_to_do(run: Run, plan: Plan) -> bool:
@@ -237,8 +237,8 @@ def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
     # must leave the job file and the log of the first alone.
     name = Path(job.target).name
     start = plan.steps[step.order - 1] if step.order else None
-    used = nullcontext() if start is None else shared(_lock(plan, start, ".used"), start.place.name)
-    with used, exclusive(_lock(plan, step, ".run"), name):
+    used = nullcontext() if start is None else shared(_lock(plan, start, USE), start.place.name)
+    with used, exclusive(_lock(plan, step, RUN), name):
         with exclusive(job.lock, name):
             pass  # nobody does the step by hand, and no process of a killed run is still saving its checkpoint
         _work_alone(plan, step, job, hooks)

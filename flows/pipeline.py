@@ -114,11 +114,8 @@ def pipeline(
     return Completed(name="Passed", message=f"{len(outcomes)} steps, {kept} of them kept")
 
 
-def run_with_prefect(run: Run, listen: Listener) -> bool:
-    """Run the flow in this process.
-
-    Returns:
-        Whether Prefect could not be told how the run ended; `listen` was.
+def run_with_prefect(run: Run, listen: Listener) -> None:
+    """Run the flow in this process; where Prefect cannot be told how it ended, the terminal is.
 
     Raises:
         TriviumError: what the run itself raised.
@@ -154,7 +151,6 @@ def run_with_prefect(run: Run, listen: Listener) -> bool:
         raise KeyboardInterrupt from ending.error
     if ending.error is not None:
         raise ending.error
-    return bool(unheard)
 
 
 class _PrefectHooks:

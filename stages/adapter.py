@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.documents import read_object
 from stages.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         InvalidInput: the folder holds no adapter.
     """
     try:
-        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return read_object(folder / CONFIG)
+    except InvalidInput as error:
         raise InvalidInput(f"{folder}: holds no adapter: {CONFIG} cannot be read") from error
 
 

@@ -101,6 +101,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that a plain checkpoint consists of, sorted."""
+    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+
+
+def lock_file(store: Path, work: str, ending: str) -> Path:
+    """One of the locks of a step.
+
+    Args:
+        store: the pipeline's folder.
+        work: the name of the folder that the step is made in: those who share it wait for one another.
+        ending: one of `stages.lock.ENDINGS`.
+    """
+    return store / LOCKS / f"{work}{ending}"
+
+
 def require_writable(folder: Path) -> None:
     """Write and remove a file in ``folder``: rights and mounts have too many rules to ask instead.
 
@@ -230,7 +246,7 @@ def damage_elsewhere(artifact: Artifact, digest: Callable[[Path], str] = sha256)
         return []
     known = artifact.manifest["inputs"].get("files", {})
     try:
-        present = {file.name: file for pattern in MODEL_FILES for file in artifact.model.glob(pattern)}
+        present = {file.name: file for file in model_files(artifact.model)}
     except OSError as error:
         return [f"{artifact.model} cannot be read ({error.strerror})"]
     found = [f"{artifact.model / name} is missing" for name in known if name not in present]
@@ -260,8 +276,7 @@ def beneath(identity: str, model: Path) -> dict[str, Any]:
         identity: of the artifact that holds the base.
         model: the base as a plain checkpoint.
     """
-    files = sorted({file for pattern in MODEL_FILES for file in model.glob(pattern)})
-    return {"identity": identity, "files": {file.name: sha256(file) for file in files}}
+    return {"identity": identity, "files": {file.name: sha256(file) for file in model_files(model)}}
 
 
 def _damage_beneath(artifact: Artifact, digest: Callable[[Path], str]) -> list[str]:

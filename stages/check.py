@@ -18,6 +18,7 @@ from stages.arguments import extra_problems
 from stages.artifact import read
 from stages.count import Count
 from stages.data import SAMPLE
+from stages.documents import read_object
 from stages.errors import InvalidInput
 from stages.evaluate import measure_names
 from stages.files import Found, check_method, check_metric, check_model, check_source, missing
@@ -254,4 +255,4 @@ def has_chat_template(model: Path) -> bool:
     if list(model.glob("*.jinja")):
         return True
     settings = model / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    return settings.is_file() and bool(read_object(settings).get("chat_template"))

@@ -77,11 +77,6 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is sealed and undamaged."""
-    return damage(checkpoint) is None
-
-
 def step_of(checkpoint: Path) -> int:
     """The optimizer step that a checkpoint was written at."""
     match = _NAME.search(checkpoint.name)

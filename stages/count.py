@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.base import fingerprint, identity_fields
 from stages.artifact import sha256
-from stages.documents import read_json, write_json
+from stages.documents import read_json, read_object, write_json
 from stages.errors import InvalidInput
 from stages.identity import TRAINING_LIBRARIES, versions
 from stages.methods.base import MethodSpec, Start
@@ -94,7 +94,7 @@ def stage_lines(plan: Plan, counts: dict[str, Count]) -> dict[str, list[str]]:
     base = base_folder(plan)
     config_file = None if base is None else base / "config.json"
     known = config_file is not None and config_file.is_file()
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file is not None and known else {}
+    config = read_object(config_file) if config_file is not None and known else {}
     lines: dict[str, list[str]] = {}
     for step in plan.steps:
         if step.stage is not None:

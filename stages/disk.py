@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifact import MODEL_FILES
+from stages.artifact import model_files
 from stages.count import Count, base_folder
 from stages.errors import StageFailed
 from stages.layout import read_layout
@@ -120,7 +120,7 @@ def estimate(plan: Plan, counts: Mapping[str, Count]) -> Estimate | None:
         return None
     model = Model(
         parameters=sum(math.prod(tensor.shape) for tensor in read_layout(base).tensors),
-        beside=sum(file.stat().st_size for file in _files(base) if file.suffix != ".safetensors"),
+        beside=sum(file.stat().st_size for file in model_files(base) if file.suffix != ".safetensors"),
     )
     peak, stays, parts, complete = 0, 0, [], True
     for step in plan.steps:
@@ -129,7 +129,7 @@ def estimate(plan: Plan, counts: Mapping[str, Count]) -> Estimate | None:
         trained = _trained(step, model, counts)
         complete = complete and trained is not None
         most, kept = _step_sizes(plan, step, model, trained or 0)
-        there = sum(file.stat().st_size for file in step.work.rglob("*") if file.is_file())
+        there = bytes_below(step.work)
         peak = max(peak, stays + max(0, most - there))
         parts.append(f"  {step.name}: {size(most)} while it works, {size(kept)} of it stay" + _already(there))
         stays += kept
@@ -137,13 +137,17 @@ def estimate(plan: Plan, counts: Mapping[str, Count]) -> Estimate | None:
     return Estimate(int(ENOUGH * peak), available, place, tuple(parts), complete)
 
 
-def refuse_if_full(plan: Plan, counts: Mapping[str, Count]) -> None:
+def bytes_below(folder: Path) -> int:
+    """The bytes of all files in a folder and its folders; 0 where it is not there."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def refuse_if_full(found: Estimate | None) -> None:
     """Refuse to start what cannot end.
 
     Raises:
         StageFailed: the pending steps need more disk than there is; with the arithmetic.
     """
-    found = estimate(plan, counts)
     if found is not None and not found.fits:
         arithmetic = "\n".join(found.parts)
         raise StageFailed(
@@ -151,10 +155,6 @@ def refuse_if_full(plan: Plan, counts: Mapping[str, Count]) -> None:
             "(`trivium gc` shows what can go), lower train.keep_checkpoints, or keep the artifacts on a larger disk "
             "(--root FOLDER)"
         )
-
-
-def _files(base: Path) -> set[Path]:
-    return {file for pattern in MODEL_FILES for file in base.glob(pattern)}
 
 
 def _trained(step: Step, model: Model, counts: Mapping[str, Count]) -> int | None:
@@ -173,7 +173,7 @@ def _step_sizes(plan: Plan, step: Step, model: Model, trained: int) -> tuple[int
     if step.name == RELEASE:
         whole = (FLOAT32 if plan.pipeline.model.dtype == "float32" else 2) * model.parameters + model.beside
         return (whole + SMALL_FILES,) * 2
-    copied = sum(file.stat().st_size for file in _files(base_folder(plan) or Path())) if _is_copied(plan) else 0
+    copied = sum(file.stat().st_size for file in model_files(base_folder(plan) or Path())) if _is_copied(plan) else 0
     return (copied + SMALL_FILES,) * 2
 
 

@@ -116,12 +116,8 @@ def _about_needed(job: Job | None, phase: str) -> int | None:
         return None
     if phase == "train":
         newest = checkpoint.newest_sealed(Path(job.work) / "checkpoints")
-        return None if newest is None else _bytes_below(newest)
-    return _bytes_below(Path(job.start) / "model") or None if phase == "merge" else None
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return None if newest is None else disk.bytes_below(newest)
+    return disk.bytes_below(Path(job.start) / "model") or None if phase == "merge" else None
 
 
 def _memory_message(error: BaseException, job: Job | None, phase: str) -> str:
@@ -181,9 +177,7 @@ def _remedies(job: Job | None, stage: ObjectiveSpec | None, phase: str) -> list[
 
 
 def _stage(job: Job | None) -> ObjectiveSpec | None:
-    if job is None or job.kind != STAGE:
-        return None
-    return next(stage for stage in job.pipeline.stages if stage.name == job.name)
+    return None if job is None or job.kind != STAGE else job.stage
 
 
 def _who(job: Job | None, phase: str) -> str:

@@ -20,6 +20,7 @@ from stages.artifact import (
     SET_ASIDE,
     WORK,
     Artifact,
+    lock_file,
     misshapen,
     published_in,
     set_aside,
@@ -31,7 +32,7 @@ from stages.lock import ENDINGS, exclusive
 from stages.store import CURRENT, KEY, Current, ancestors, current, folders, stores, work_of
 
 _JOB = re.compile(rf".+-(?P<key>{KEY.pattern})\.[a-z.]+")
-_LOCK = re.compile(rf"(?P<key>{KEY.pattern})\.(?:lock|run|used)")
+_LOCK = re.compile(rf"(?P<key>{KEY.pattern})(?:{'|'.join(map(re.escape, ENDINGS))})")
 _PARTIAL = re.compile(rf"\..+\.(?P<pid>\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
@@ -86,7 +87,7 @@ def remove(root: Path, wanted: Iterable[Item]) -> tuple[list[Item], list[str]]:
         for store, key in sorted({(_store_of(root, item), item.key) for item in items if item.key is not None}):
             try:
                 for ending in ENDINGS:
-                    locks.enter_context(exclusive((store / LOCKS / key).with_suffix(ending)))
+                    locks.enter_context(exclusive(lock_file(store, key, ending)))
                 held.add(key)
             except TryAgain as error:
                 stayed.append(f"{store / key}: {error}")
@@ -276,7 +277,7 @@ def _locked(store: Path) -> set[str]:
 
 def _is_held(store: Path, key: str) -> bool:
     for ending in ENDINGS:
-        file = (store / LOCKS / key).with_suffix(ending)
+        file = lock_file(store, key, ending)
         if file.is_file():
             try:
                 with exclusive(file):

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from specs.gate import CONFIDENCE, GateSpec, share
@@ -77,6 +78,10 @@ class _Claim:
     @property
     def gain(self) -> float:
         return self.sign * (self.ours.value - self.reference)
+
+
+_resampled = lru_cache(maxsize=256)(resampled)
+"""One command judges a gate several times: to plan, to record the verdict, to show it."""
 
 
 def judge(gates: tuple[GateSpec, ...], measured: Measured) -> list[Verdict]:
@@ -174,7 +179,7 @@ def _from_examples(gate: GateSpec, claim: _Claim) -> Interval:
             shares[top] = count / len(rows)
         interval = counted(shares, len(rows), claim.threshold, confidence)
     else:
-        interval = resampled(tops, weights, claim.threshold, confidence)
+        interval = _resampled(tuple(tops), tuple(weights), claim.threshold, confidence)
     if interval.enough is None or len(rows) == ours.n:
         return interval
     return replace(interval, enough=math.ceil(interval.enough * ours.n / len(rows)))  # some examples never count

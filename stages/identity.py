@@ -12,7 +12,7 @@ from specs.base import fingerprint, identity_fields
 from specs.metric import LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import BASE
-from stages.artifact import MODEL_FILES, sha256
+from stages.artifact import model_files, sha256
 from stages.conditions import MEMORY_ONLY
 from stages.data import digests, files_of
 from stages.documents import read_json, write_json
@@ -111,7 +111,7 @@ def base_files(spec: ModelSpec, folder: Path) -> list[Path]:
             "put the second on the first; merge it into its base first, or move the adapter's files elsewhere"
         )
     _refuse_quantised(place)
-    return sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
+    return model_files(place)
 
 
 def _refuse_quantised(place: Path) -> None:
@@ -219,7 +219,7 @@ def _changed_in_base(job: Job) -> list[str]:
 
 def _changed_in_stage(job: Job) -> list[str]:
     folder = Path(job.folder)
-    stage = next(stage for stage in job.pipeline.stages if stage.name == job.name)
+    stage = job.stage
     changed = []
     for source, known in zip(stage.data, job.identity["data"], strict=True):
         if (found := digests(source, folder)) != known:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specs.base import Spec
-from stages.artifact import LOCKS
+from stages.artifact import lock_file
 from stages.documents import write_json
+from stages.lock import MAKE
+from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 
 STAGE = "stage"
@@ -50,9 +52,14 @@ class Job(Spec):
     """In the order of the spec."""
 
     @property
+    def stage(self) -> ObjectiveSpec:
+        """The stage that a job of kind `stage` makes."""
+        return next(stage for stage in self.pipeline.stages if stage.name == self.name)
+
+    @property
     def lock(self) -> Path:
-        """The lock that admits one writer: of the folder that a step is made in, so that those who share it wait."""
-        return Path(self.target).parent / LOCKS / f"{Path(self.work).name}.lock"
+        """The lock that admits one writer."""
+        return lock_file(Path(self.target).parent, Path(self.work).name, MAKE)
 
 
 def write_job(job: Job, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from stages.errors import TryAgain
 
-ENDINGS = (".run", ".lock", ".used")
+RUN, MAKE, USE = ENDINGS = (".run", ".lock", ".used")
 """How the names of a step's locks end."""
 
 

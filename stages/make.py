@@ -49,7 +49,7 @@ def make_stage(
     job: Job, work: Path, durations: dict[str, float], preemption: Preemption | None
 ) -> tuple["torch.nn.Module", Artifact]:
     """Load, train, merge and publish one stage; whatever is in ``work`` from before is gone on with."""
-    stage = _stage(job)
+    stage = job.stage
     parent = _start(job)
     with phase("load", durations):
         refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
@@ -153,10 +153,6 @@ def make_release(
             raise StageFailed("the released model is not the last stage's; nothing is released")
         probe.record(work, ids, found)
         return again, _publish(job, work, durations, record)
-
-
-def _stage(job: Job) -> ObjectiveSpec:
-    return next(stage for stage in job.pipeline.stages if stage.name == job.name)
 
 
 def _start(job: Job) -> Artifact:

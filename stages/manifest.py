@@ -4,9 +4,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from specs.base import Spec, fingerprint
+from specs.paths import Sha256
 from stages.documents import read_json
 from stages.errors import InvalidInput
 
@@ -30,18 +31,17 @@ def _absolute(place: str) -> str:
     return place
 
 
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Inside = Annotated[str, AfterValidator(_inside)]
 
 
 class _Entry(Spec):
-    sha256: Digest
+    sha256: Sha256
     size: NonNegativeInt
 
 
 class _Beneath(Spec):
-    identity: Digest
-    files: dict[Inside, Digest]
+    identity: Sha256
+    files: dict[Inside, Sha256]
 
 
 class _Record(BaseModel):
@@ -64,16 +64,16 @@ class _Inputs(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     stage: _Stage = _Stage()
-    files: dict[str, Digest] = {}
+    files: dict[str, Sha256] = {}
 
 
 class _Manifest(Spec):
     format: Literal[1]
-    identity: Digest
+    identity: Sha256
     inputs: _Inputs
     record: _Record
     files: dict[Inside, _Entry]
-    seal: Digest
+    seal: Sha256
 
 
 def sealed(inputs: dict[str, Any], record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:

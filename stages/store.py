@@ -11,11 +11,12 @@ from pydantic import StringConstraints, ValidationError
 
 from specs.base import Spec, fingerprint
 from specs.load import SpecError
+from specs.paths import Sha256
 from stages.artifact import SET_ASIDE, WORK, Artifact, published_in, short
 from stages.documents import read_json, write_json
 from stages.errors import InvalidInput, TriviumError
 from stages.identity import work_key
-from stages.manifest import NAME, Digest
+from stages.manifest import NAME
 from stages.pipeline import load_pipeline
 from stages.plan import Plan, Step, make_plan
 
@@ -28,7 +29,7 @@ KEY = re.compile(r"[0-9a-f]{16}")
 class _Named(Spec):
     """A step as a run planned it."""
 
-    identity: Digest
+    identity: Sha256
     work: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 

@@ -22,7 +22,7 @@ from stages.artifact import (
 )
 from stages.documents import PARTIAL, read_sealed
 from stages.errors import InvalidInput
-from stages.store import dependents, folders, size_of, stores
+from stages.store import by_identity, dependents, folders, size_of, stores
 
 ANEW = "`trivium run` on its spec sets it aside and makes it anew; where no spec needs it any more, remove it"
 
@@ -167,7 +167,7 @@ def _verify_link(store: Path, report: Report) -> None:
 def _depending(folder: Path) -> list[str]:
     """By name: the artifacts that were made from the one in ``folder``, and the link to the released model."""
     store = folder.parent
-    found = dependents(folder, {one.identity: one for one in published_in(store)})
+    found = dependents(folder, by_identity(store))
     link = store / MODEL
     led = link.is_symlink() and any(
         link.resolve().is_relative_to(path) for path in (folder, *(one.path for one in found))

@@ -18,15 +18,14 @@ import numpy
 import peft.peft_model
 import pytest
 import torch
+from one_stage import only_job
 from safetensors import safe_open
 from transformers import modeling_utils
 
 from stages import train
 from stages.artifact import damage, read
 from stages.job import STAGE, Job
-from stages.pipeline import load_pipeline
-from stages.plan import make_plan
-from stages.run import import_ahead, run_job
+from stages.run import import_ahead
 
 import_ahead(STAGE)
 gc.collect()
@@ -183,12 +182,7 @@ def stage_job(folder: Path, root: Path, stage: str, rest: str = "", *, dtype: st
     spec.write_text(
         f"name: it\nmodel: {{path: base, dtype: {dtype}}}\nseed: 5\n{rest}stages:\n  - name: only\n{indented}\n"
     )
-    pipeline, _ = load_pipeline(spec)
-    plan = make_plan(pipeline, folder, root, until="only")
-    if plan.steps[0].artifact is None:
-        run_job(plan.job(plan.steps[0]))
-        plan = make_plan(pipeline, folder, root, until="only")
-    return plan.job(plan.steps[1])
+    return only_job(spec, root, folder)
 
 
 class Result(NamedTuple):

@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from stages import run
 from stages.errors import StageFailed
@@ -32,14 +34,32 @@ def write_spec(folder: Path, objective: str = CPT, method: str = "full", train: 
     return spec
 
 
-def only_job(spec: Path, root: Path) -> Job:
-    """The job of the spec's one stage; the base is published below ``root`` if it is not yet."""
+def only_job(spec: Path, root: Path, folder: Path | None = None) -> Job:
+    """The job of the spec's one stage; the base is published below ``root`` if it is not yet.
+
+    ``folder`` is what the spec's paths start from, where that is not the spec's own.
+    """
     pipeline, _ = load_pipeline(spec)
-    plan = make_plan(pipeline, spec.parent.resolve(), root, until="only")
+    folder = folder or spec.parent.resolve()
+    plan = make_plan(pipeline, folder, root, until="only")
     if plan.steps[0].artifact is None:
         run.run_job(plan.job(plan.steps[0]))
-        plan = make_plan(pipeline, spec.parent.resolve(), root, until="only")
+        plan = make_plan(pipeline, folder, root, until="only")
     return plan.job(plan.steps[1])
+
+
+def at_each_call(module: ModuleType, name: str, act: Callable[[], object]) -> Callable[[], None]:
+    """A harm: each call of the named function begins with ``act``."""
+    call = getattr(module, name)
+
+    def harm() -> None:
+        def harmed(*given: Any, **named: Any) -> Any:
+            act()
+            return call(*given, **named)
+
+        setattr(module, name, harmed)
+
+    return harm
 
 
 def in_a_fork(job: Job, harm: Callable[[], object], seconds: float = 60) -> tuple[int, list[dict]]:

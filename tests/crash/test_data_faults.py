@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from crashing import at_step, result
 from one_stage import CPT, DPO, IFT, TRAIN, only_job, write_spec
-from tiny import write_data, write_model, write_rows
+from tiny import write_rows
 
 from stages import checkpoint
 from stages.errors import StageFailed, TriviumError
@@ -20,20 +20,6 @@ from stages.run import run_job
 pytestmark = [pytest.mark.model, pytest.mark.crash]
 
 EVERY = f"{TRAIN.replace('max_steps: 3', 'max_steps: 5')}, checkpoint_every: 2"
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    write_model(folder / "base")
-    write_data(folder)
-    return folder
-
-
-@pytest.fixture
-def project(written, tmp_path) -> Path:
-    """A project of the test's own, to be harmed."""
-    return Path(shutil.copytree(written, tmp_path / "project"))
 
 
 @pytest.fixture

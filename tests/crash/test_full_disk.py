@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_stage import TRAIN, in_a_fork, only_job, reason, write_spec
+from one_stage import TRAIN, at_each_call, in_a_fork, only_job, reason, write_spec
 from safetensors.torch import save_file
 from tiny import write_data, write_model
 
@@ -47,16 +47,7 @@ def largest_file(number: int) -> None:
 
 def full_in(module, name: str, number: int):
     """A harm: from the named function on, writes end at ``number`` bytes."""
-    call = getattr(module, name)
-
-    def harm() -> None:
-        def full(*given, **named):
-            largest_file(number)
-            return call(*given, **named)
-
-        setattr(module, name, full)
-
-    return harm
+    return at_each_call(module, name, lambda: largest_file(number))
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -92,7 +83,7 @@ def test_the_checkpoints_before_stay_and_say_how_much_is_needed(project, tmp_pat
 
     told = reason(job, harm)
     first = Path(job.work) / "checkpoints/checkpoint-1"
-    assert checkpoint.is_whole(first)
+    assert checkpoint.damage(first) is None
     size = sum(file.stat().st_size for file in first.rglob("*") if file.is_file())
     assert "checkpoint-2 cannot be written (" in told
     assert f", about {size / 1e3:.3g} kB are needed). " in told

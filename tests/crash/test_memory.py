@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_stage import CPT, TRAIN, only_job, reason, write_spec
+from one_stage import CPT, TRAIN, at_each_call, only_job, reason, write_spec
 from tiny import write_data, write_model
 
 from stages import checkpoint, evaluate, make
@@ -44,16 +44,7 @@ def leave(number: int) -> None:
 
 def short_of_memory_in(module, name: str, number: int = 30_000_000):
     """A harm: the named function finds little memory left."""
-    call = getattr(module, name)
-
-    def harm() -> None:
-        def short(*given, **named):
-            leave(number)
-            return call(*given, **named)
-
-        setattr(module, name, short)
-
-    return harm
+    return at_each_call(module, name, lambda: leave(number))
 
 
 def test_out_of_memory_in_training_names_the_batch_and_three_remedies(project, tmp_path):

@@ -3,14 +3,13 @@
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from one_stage import CPT, DPO, IFT, TRAIN, only_job, write_spec
 from safetensors.torch import load_file, save_file
-from tiny import write_data, write_model, write_rows
+from tiny import write_rows
 from transformers import AutoTokenizer
 
 from stages import checkpoint, train
@@ -21,20 +20,6 @@ pytestmark = [pytest.mark.model, pytest.mark.crash]
 
 MARK = "zyx"
 """A word that only a test's bad row has."""
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    write_model(folder / "base")
-    write_data(folder)
-    return folder
-
-
-@pytest.fixture
-def project(written, tmp_path) -> Path:
-    """A project of the test's own, to be harmed."""
-    return Path(shutil.copytree(written, tmp_path / "project"))
 
 
 def nothing_published(job) -> bool:
@@ -173,7 +158,7 @@ def test_a_learning_rate_that_breaks_the_weights_leaves_the_last_sound_checkpoin
     told = refusal(job)
     assert "train.learning_rate" in told
     sound = checkpoint.by_step(Path(job.work) / "checkpoints")[0]
-    assert checkpoint.is_whole(sound)
+    assert checkpoint.damage(sound) is None
     assert all(bool(torch.isfinite(weight).all()) for weight in load_file(sound / "model.safetensors").values())
     assert f"step {checkpoint.step_of(sound) + 1} " in told
     assert refusal(job) == told, "a rerun resumes, and says the same"

@@ -1,47 +1,12 @@
 """Rows that cannot be used: left out only where the spec says so, counted and named, and never in silence."""
 
-from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
 import pytest
+from row_reading import complaint, read, refusal, source, texts, write_parquet
 from tiny import write_rows
 
-from specs.data import DataSpec
 from stages.data import Count, mixed, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput
 from stages.rows import conversation_row, preference_row, text_row
-
-
-def source(path: str, **fields) -> DataSpec:
-    return DataSpec.model_validate({"path": path} | fields)
-
-
-def texts(found) -> list[str]:
-    return [row["text"] for row in found]
-
-
-def read(folder: Path, path: str, normalise=text_row, **fields):
-    return list(read_source(source(path, **fields), folder, normalise))
-
-
-def refusal(folder: Path, path: str, normalise=text_row, **fields) -> str:
-    with pytest.raises(InvalidInput) as caught:
-        read(folder, path, normalise, **fields)
-    return str(caught.value)
-
-
-def complaint(folder: Path, path: str, normalise=text_row, **fields) -> str:
-    """What is said of the only bad row; the last line, which counts and says what to do, left out."""
-    only, last = refusal(folder, path, normalise, **fields).split("\n")
-    assert last.startswith(f"{path}: ")
-    return only
-
-
-def write_parquet(file: Path, columns: dict) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file
-
 
 GOOD = [{"text": f"good {n}"} for n in range(8)]
 BAD = {"text": None}

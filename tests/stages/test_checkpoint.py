@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkpoint import by_step, damage, is_whole, newest_step, prune, resume_from, seal, step_of
+from stages.checkpoint import by_step, damage, newest_step, prune, resume_from, seal, step_of
 
 FILES = {
     "model.safetensors": b"weights",
@@ -31,25 +31,25 @@ def names(paths) -> list[str]:
 
 def test_a_checkpoint_counts_only_when_it_is_sealed(tmp_path):
     checkpoint = make(tmp_path, 5, sealed=False)
-    assert not is_whole(checkpoint)
+    assert damage(checkpoint) is not None
     seal(checkpoint)
-    assert is_whole(checkpoint)
+    assert damage(checkpoint) is None
     assert set(json.loads((checkpoint / "seal.json").read_text())) == set(FILES)
 
 
 def test_sealing_again_after_a_change_makes_it_whole_again(tmp_path):
     checkpoint = make(tmp_path, 5)
     (checkpoint / "extra.json").write_text("{}")
-    assert not is_whole(checkpoint)
+    assert damage(checkpoint) is not None
     seal(checkpoint)
-    assert is_whole(checkpoint)
+    assert damage(checkpoint) is None
 
 
 @pytest.mark.parametrize("name", [*FILES, "seal.json"])
 def test_a_checkpoint_without_one_of_its_files_is_torn(tmp_path, name):
     checkpoint = make(tmp_path, 5)
     (checkpoint / name).unlink()
-    assert not is_whole(checkpoint)
+    assert damage(checkpoint) is not None
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,14 +59,14 @@ def test_a_flipped_byte_is_noticed(tmp_path, name, position):
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
-    assert not is_whole(tmp_path / "checkpoint-5")
+    assert damage(tmp_path / "checkpoint-5") is not None
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file_is_noticed(tmp_path, name):
     file = make(tmp_path, 5) / name
     os.truncate(file, 1)
-    assert not is_whole(tmp_path / "checkpoint-5")
+    assert damage(tmp_path / "checkpoint-5") is not None
 
 
 @pytest.mark.parametrize("name", ["extra.bin", "rng/extra.bin", "new/extra.bin"])
@@ -74,14 +74,14 @@ def test_a_file_too_many_is_noticed(tmp_path, name):
     file = make(tmp_path, 5) / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"")
-    assert not is_whole(tmp_path / "checkpoint-5")
+    assert damage(tmp_path / "checkpoint-5") is not None
 
 
 def test_a_file_replaced_by_a_link_is_noticed(tmp_path):
     file = make(tmp_path, 5) / "optimizer.pt"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    assert not is_whole(tmp_path / "checkpoint-5")
+    assert damage(tmp_path / "checkpoint-5") is not None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_file_replaced_by_a_link_is_noticed(tmp_path):
 def test_a_seal_that_is_none_is_no_seal(tmp_path, text):
     checkpoint = make(tmp_path, 5)
     (checkpoint / "seal.json").write_text(text, errors="surrogateescape")
-    assert not is_whole(checkpoint)
+    assert damage(checkpoint) is not None
 
 
 def test_a_seal_that_lists_the_names_without_their_hashes_is_no_seal(tmp_path):
@@ -234,7 +234,7 @@ def test_pruning_keeps_the_highest_steps_though_the_clock_went_backwards(tmp_pat
             os.utime(path, (when, when))
     prune(tmp_path, keep=2)
     assert names(by_step(tmp_path)) == ["checkpoint-100", "checkpoint-10"]
-    assert all(is_whole(path) for path in by_step(tmp_path))
+    assert all(damage(path) is None for path in by_step(tmp_path))
 
 
 def test_pruning_does_not_count_a_torn_checkpoint_as_one_that_is_kept(tmp_path):
@@ -243,14 +243,14 @@ def test_pruning_does_not_count_a_torn_checkpoint_as_one_that_is_kept(tmp_path):
     make(tmp_path, 8, sealed=False)
     prune(tmp_path, keep=2)
     assert resume_from(tmp_path, 4).checkpoint == tmp_path / "checkpoint-6"
-    assert is_whole(tmp_path / "checkpoint-4")
+    assert damage(tmp_path / "checkpoint-4") is None
     assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_pruning_fewer_than_it_keeps_deletes_nothing(tmp_path):
     make(tmp_path, 2)
     prune(tmp_path, keep=2)
-    assert is_whole(tmp_path / "checkpoint-2")
+    assert damage(tmp_path / "checkpoint-2") is None
 
 
 def test_a_pruning_that_breaks_off_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
@@ -263,5 +263,5 @@ def test_a_pruning_that_breaks_off_leaves_no_checkpoint_that_looks_whole(tmp_pat
     monkeypatch.setattr(shutil, "rmtree", break_off)
     with pytest.raises(OSError, match="checkpoint-2"):
         prune(tmp_path, keep=1)
-    assert not is_whole(tmp_path / "checkpoint-2")
-    assert is_whole(tmp_path / "checkpoint-4")
+    assert damage(tmp_path / "checkpoint-2") is not None
+    assert damage(tmp_path / "checkpoint-4") is None

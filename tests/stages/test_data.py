@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
+from row_reading import complaint, complaints, read, refusal, source, texts, write_parquet
 from tiny import write_rows
 
 from specs.data import DataSpec
@@ -18,41 +19,6 @@ from stages.errors import InvalidInput
 from stages.rows import conversation_row, preference_row, text_row
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def source(path: str, **fields) -> DataSpec:
-    return DataSpec.model_validate({"path": path} | fields)
-
-
-def texts(found) -> list[str]:
-    return [row["text"] for row in found]
-
-
-def read(folder: Path, path: str, normalise=text_row, **fields):
-    return list(read_source(source(path, **fields), folder, normalise))
-
-
-def refusal(folder: Path, path: str, normalise=text_row, **fields) -> str:
-    with pytest.raises(InvalidInput) as caught:
-        read(folder, path, normalise, **fields)
-    return str(caught.value)
-
-
-def complaints(folder: Path, path: str, normalise=text_row, **fields) -> list[str]:
-    """What is said of single rows; the last line, which counts and says what to do, left out."""
-    *lines, last = refusal(folder, path, normalise, **fields).split("\n")
-    assert last.startswith(f"{path}: ")
-    return lines
-
-
-def complaint(folder: Path, path: str, normalise=text_row, **fields) -> str:
-    (only,) = complaints(folder, path, normalise, **fields)
-    return only
-
-
-def write_parquet(file: Path, columns: dict) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_a_run_that_cannot_end_is_not_started(project, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     plan = planned(write_spec(project), tmp_path)
     with pytest.raises(StageFailed) as caught:
-        refuse_if_full(plan, {"only": COUNTED})
+        refuse_if_full(estimate(plan, {"only": COUNTED}))
     first, *arithmetic, remedy = str(caught.value).splitlines()
     assert re.fullmatch(rf"disk: about [\d.]+ kB needed at the peak, 1 kB free in {tmp_path}: not enough, .*", first)
     assert [line.split(":")[0] for line in arithmetic] == ["  base", "  only", "  release"]
@@ -176,7 +176,7 @@ def test_a_run_that_cannot_end_is_not_started(project, tmp_path, monkeypatch):
 
 
 def test_a_run_that_fits_is_started(project, tmp_path):
-    refuse_if_full(planned(write_spec(project), tmp_path), {"only": COUNTED})
+    refuse_if_full(estimate(planned(write_spec(project), tmp_path), {"only": COUNTED}))
 
 
 def test_the_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):

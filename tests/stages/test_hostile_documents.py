@@ -141,7 +141,7 @@ def test_a_hostile_text_is_no_manifest_no_seal_and_no_evaluation(place, manifest
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     assert read(place) is None
-    assert not checkpoint.is_whole(tmp_path / "checkpoint-1")
+    assert checkpoint.damage(tmp_path / "checkpoint-1") is not None
     assert evaluate.load(tmp_path / "evaluation.json") is None
 
 
@@ -209,7 +209,7 @@ def test_every_reader_of_ours_has_a_limit(place, manifest, tmp_path, limit):
     if limit == 16 << 20:
         assert read(place) is None
     elif limit == 64 << 20:
-        assert not checkpoint.is_whole(tmp_path / "checkpoint-1")
+        assert checkpoint.damage(tmp_path / "checkpoint-1") is not None
     else:
         assert evaluate.load(tmp_path / "evaluation.json") is None
 
@@ -228,7 +228,7 @@ def test_any_seal_of_a_checkpoint(tmp_path, content):
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(b"x")
     (folder / "seal.json").write_bytes(content)
-    assert not checkpoint.is_whole(folder)
+    assert checkpoint.damage(folder) is not None
 
 
 @FUZZ

@@ -178,7 +178,7 @@ def test_sigterm_leaves_a_sealed_checkpoint_and_the_rerun_ends_bit_identical(nam
     wanted, stopped = expected(name), job(name)
     stopped_at(5, stopped, monkeypatch)
     assert not published(stopped)
-    assert checkpoint.is_whole(checkpoints(stopped) / "checkpoint-5")
+    assert checkpoint.damage(checkpoints(stopped) / "checkpoint-5") is None
     run_job(stopped, Preemption())
     found = result(stopped)
     assert found.record["resumed_at"] == 5

@@ -1,0 +1,21 @@
+"""Where a project keeps its spec and its artifacts, and how commands name them."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+DEFAULT_SPEC = "spec.yaml"
+"""The spec of a project folder."""
+ARTIFACTS = "artifacts"
+"""The folder of the artifacts, beside the spec."""
+SpecFile = Annotated[Path, Parameter(help="The spec file.")]
+Root = Annotated[Path | None, Parameter(help="Folder of the artifacts; `artifacts` beside the spec by default.")]
+Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project folder, or a spec.")]
+
+
+def root_of(spec: Path, root: Path | None) -> Path:
+    """Where the artifacts of a spec are."""
+    # Not resolve(): it raises for a link that leads to itself, and the spec's own reader says so better.
+    return Path(os.path.realpath(spec.parent / ARTIFACTS if root is None else root))
