@@ -6,6 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from stages.errors import InvalidInput
+
 DEFAULT_SPEC = "spec.yaml"
 """The spec of a project folder."""
 ARTIFACTS = "artifacts"
@@ -16,6 +18,14 @@ Place = Annotated[Path, Parameter(help="The folder of the artifacts, a project f
 
 
 def root_of(spec: Path, root: Path | None) -> Path:
-    """Where the artifacts of a spec are."""
+    """Where the artifacts of a spec are, or will be.
+
+    Raises:
+        InvalidInput: there is a file, so no folder can be.
+    """
     # Not resolve(): it raises for a link that leads to itself, and the spec's own reader says so better.
-    return Path(os.path.realpath(spec.parent / ARTIFACTS if root is None else root))
+    place = Path(os.path.realpath(spec.parent / ARTIFACTS if root is None else root))
+    if (file := next((one for one in (place, *place.parents) if os.path.lexists(one)), place)).is_file():
+        how = "as --root" if root is not None else "as --root, or move the file"
+        raise InvalidInput(f"{file}: a file, and the artifacts need a folder; name another place {how}")
+    return place

@@ -7,9 +7,10 @@ can be edited without training again.
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ WORK, JOBS, LOCKS, SET_ASIDE = ".work", ".jobs", ".locks", ".set-aside"
 """Beside the artifacts of a pipeline: what is being made, job files and logs, locks, what was damaged."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What a plain checkpoint consists of."""
+
+
+LOADED = frozenset(
+    (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".so", ".bin", ".pt", ".pth", ".ckpt",
+     ".pkl", ".h5", ".msgpack", ".gguf", ".onnx")
+)  # fmt: skip
+"""How the names of files end that some loader of models reads or runs, listed or not."""
+_LITTER = re.compile(
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|\.nfs[0-9a-f]+|.*~|\..*\.sw[a-p]|\.#.*|#.*#"
+)
+"""What file browsers, editors and network file systems leave behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +239,34 @@ def _damage_inside(artifact: Artifact, digest: Callable[[Path], str] | None) -> 
             found.append(f"{name} has {size} bytes instead of {expected['size']}")
         elif digest is not None:
             found += _compared(artifact.path / name, expected["sha256"], name, digest)
-    found += [
-        f"{_shown(name)} does not belong there"
-        for name in present
-        if name != MANIFEST and not _may_be_added(name) and not name.endswith(PARTIAL)
-    ]
-    return found
+    unlisted = _unlisted(present)
+    return found + [f"{_shown(name)} does not belong there" for name in unlisted if _is_loaded(name)]
+
+
+def strays(artifact: Artifact) -> list[str]:
+    """What lies in an artifact, is none of its own and is no damage either: no loader of models looks at it.
+
+    What file browsers and editors leave behind (``.DS_Store``, ``config.json~``) is not among them.
+    """
+    try:
+        present, _ = _contents(artifact.path)
+    except OSError:
+        return []  # `damage` says so
+    unlisted = _unlisted([name for name in present if name not in artifact.manifest["files"]])
+    return [_shown(name) for name in unlisted if not _is_loaded(name) and not _is_litter(name)]
+
+
+def _unlisted(names: Iterable[str]) -> list[str]:
+    """Those of ``names``, none of which is in the manifest, that are not ours in another way."""
+    return [name for name in names if name != MANIFEST and not _may_be_added(name) and not name.endswith(PARTIAL)]
+
+
+def _is_loaded(name: str) -> bool:
+    return not _is_litter(name) and Path(name).suffix.lower() in LOADED
+
+
+def _is_litter(name: str) -> bool:
+    return _LITTER.fullmatch(Path(name).name) is not None
 
 
 def _may_be_added(name: str) -> bool:

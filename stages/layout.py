@@ -353,7 +353,7 @@ def _shape(shape: tuple[int, int], part: Part) -> tuple[int, int]:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        found = sorted(folder.glob(f"*{SUFFIX}"))
+        found = sorted(folder.glob(f"[!.]*{SUFFIX}"))  # a hidden one is no weight file: macOS keeps notes there
         if not found:
             raise InvalidInput(f"{folder}: no safetensors files; convert the weights with save_pretrained first")
         return found

@@ -19,6 +19,7 @@ from stages.artifact import (
     remedy,
     sha256,
     short,
+    strays,
 )
 from stages.documents import PARTIAL, read_sealed
 from stages.errors import InvalidInput
@@ -106,6 +107,11 @@ def _verify_artifact(folder: Path, digest: Callable[[Path], str], report: Report
             do = "give the folder its old name back, or remove it"
     if what:
         report.findings.append(Finding(folder, what, _depending(folder), do))
+    elif artifact is not None and (found := strays(artifact)):
+        what = [f"{name} does not belong there" for name in found]
+        report.findings.append(
+            Finding(folder, what, [], "remove it: what was published is whole, nothing is made anew")
+        )
     _verify_added(folder, report)
 
 

@@ -176,13 +176,23 @@ def test_wrong_usage_ends_with_2(
     assert "Traceback" not in refused.stderr
 
 
-def test_a_root_that_cannot_be_written_is_named_without_a_traceback(project: Path) -> None:
-    root = project / "spec.yaml" / "artifacts"
-    refused = trivium("run", project / "spec.yaml", "--no-prefect", "--root", root)
-    assert refused.returncode == 4
-    assert "trivium: " in refused.stderr
-    assert str(root) in refused.stderr
-    assert "Traceback" not in refused.stderr
+@pytest.mark.parametrize("below", ["", "artifacts", "more/artifacts"])
+@pytest.mark.parametrize("command", [["run", "--no-prefect"], ["plan"]])
+def test_a_root_that_is_a_file_is_refused_by_name(project: Path, command: list[str], below: str) -> None:
+    spec = project / "spec.yaml"
+    refused = trivium(*command, spec, "--root", spec / below)
+    assert refused.returncode == 2
+    assert refused.stderr == f"trivium: {spec}: a file, and the artifacts need a folder; name another place as --root\n"
+
+
+def test_artifacts_that_are_a_file_beside_the_spec_are_refused_by_name(project: Path) -> None:
+    (project / "artifacts").touch()
+    refused = trivium("show", project / "spec.yaml")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"trivium: {project / 'artifacts'}: a file, and the artifacts need a folder; name another place as --root, or "
+        "move the file\n"
+    )
 
 
 @pytest.mark.parametrize(

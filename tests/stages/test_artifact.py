@@ -8,7 +8,18 @@ import pytest
 
 from specs.base import fingerprint
 from stages import artifact as store
-from stages.artifact import Artifact, damage, find, newest_of_stage, publish, published_in, read, set_aside, verified
+from stages.artifact import (
+    Artifact,
+    damage,
+    find,
+    newest_of_stage,
+    publish,
+    published_in,
+    read,
+    set_aside,
+    strays,
+    verified,
+)
 from stages.documents import write_json
 from stages.errors import StageFailed
 
@@ -156,18 +167,41 @@ def test_every_flipped_byte_is_noticed(published):
     assert damage(published) == []
 
 
-def test_the_name_of_a_stray_file_forges_no_line_and_moves_no_cursor(published):
-    (published.path / "x\x1b[2Jy\nall is whole").touch()
-    [found] = damage(published)
+LEFT_BEHIND = (".DS_Store", "model/Thumbs.db", "model/desktop.ini", "model/config.json~", "model/.config.json.swp")
+READ_BY_LOADERS = ("model/model-2.safetensors", "model/modeling.py", "adapter/adapter_config.json", "model/x.JSON")
+
+
+@pytest.mark.parametrize("name", [*LEFT_BEHIND, "model/._model.safetensors", "#config.json#"])
+def test_what_file_browsers_and_editors_leave_behind_is_neither_damage_nor_stray(published, name):
+    (published.path / name).write_bytes(b"x")
+    assert (damage(published), strays(published)) == ([], [])
+
+
+@pytest.mark.parametrize("name", READ_BY_LOADERS)
+def test_what_a_loader_would_read_stays_damage(published, name):
+    (published.path / name).parent.mkdir(exist_ok=True)
+    (published.path / name).touch()
+    assert (damage(published), strays(published)) == ([f"{name} does not belong there"], [])
+
+
+def test_what_no_loader_reads_is_a_stray_and_no_damage(published):
+    (published.path / "model/notes.md").touch()
+    assert (damage(published), strays(published)) == ([], ["model/notes.md"])
+    assert verified(published) is published
+
+
+@pytest.mark.parametrize(("look", "ending"), [(damage, ".json"), (strays, "")])
+def test_the_name_of_a_stray_file_forges_no_line_and_moves_no_cursor(published, look, ending):
+    (published.path / f"x\x1b[2Jy\nall is whole{ending}").touch()
+    [found] = look(published)
     assert "\x1b" not in found
     assert "\n" not in found
-    assert found.endswith("does not belong there")
 
 
 def test_all_damage_is_told_at_once(published):
     (published.path / "model/config.json").unlink()
     (published.path / "training.json").write_text("x")
-    (published.path / "extra").write_text("x")
+    (published.path / "extra.safetensors").write_text("x")
     assert len(damage(published)) == 3
 
 

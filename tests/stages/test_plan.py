@@ -418,7 +418,7 @@ def test_a_preference_is_measured_against_the_step_before(done):
     [
         (lambda path: flip(path / "model/model.safetensors"), "model/model.safetensors was changed"),
         (lambda path: (path / "training.json").unlink(), "training.json is missing"),
-        (lambda path: (path / "model/x").write_text(""), "model/x does not belong there"),
+        (lambda path: (path / "model/x.json").write_text(""), "model/x.json does not belong there"),
         (lambda path: os.truncate(path / "training.json", 1), "training.json has 1 bytes instead of 2"),
     ],
     ids=["flipped", "missing", "extra", "truncated"],

@@ -371,11 +371,11 @@ DAMAGES = {
     "flipped": (lambda p: flip(p / "model/model.safetensors"), ["model/model.safetensors was changed"]),
     "truncated": (lambda p: os.truncate(p / "training.json", 1), ["training.json has 1 bytes instead of 2"]),
     "missing": (lambda p: (p / "training.json").unlink(), ["training.json is missing"]),
-    "extra": (lambda p: (p / "x").touch(), ["x does not belong there"]),
+    "extra": (lambda p: (p / "model/x.py").touch(), ["model/x.py does not belong there"]),
     "manifest": (lambda p: flip(p / "manifest.json", 40), ["its manifest is missing, was changed or cannot be read"]),
     "several": (
-        lambda p: ((p / "x").touch(), (p / "training.json").unlink()),
-        ["training.json is missing", "x does not belong there"],
+        lambda p: ((p / "model/x.py").touch(), (p / "training.json").unlink()),
+        ["training.json is missing", "model/x.py does not belong there"],
     ),
 }
 
@@ -388,6 +388,24 @@ def test_damage_is_told_file_by_file_with_what_depends_on_it_and_what_to_do(done
     [finding] = report(done)[0].findings
     assert (finding.path, finding.what, finding.depends) == (folder, what, depends)
     assert "`trivium run` on its spec sets it aside and makes it anew" in finding.remedy
+
+
+def test_what_a_file_browser_or_an_editor_leaves_is_no_finding_and_costs_nothing(done):
+    folder = place(done, "answers")
+    for name in (".DS_Store", "model/Thumbs.db", "model/desktop.ini", "training.json~", "model/._model.safetensors"):
+        (folder / name).touch()
+    assert report(done)[0].findings == []
+    assert place(done, "answers") == folder
+    assert done.plan().pending == ()
+
+
+def test_a_stray_file_that_no_loader_reads_is_named_and_nothing_is_made_anew(done):
+    folder = place(done, "answers")
+    (folder / "model/notes.md").touch()
+    [finding] = report(done)[0].findings
+    assert (finding.path, finding.what) == (folder, ["model/notes.md does not belong there"])
+    assert finding.remedy == "remove it: what was published is whole, nothing is made anew"
+    assert done.plan().pending == ()
 
 
 def test_an_edited_base_is_told_by_its_file_and_what_to_do(done):
