@@ -15,6 +15,7 @@ from specs.load import Document, Problem
 from specs.metric import LmEvalSpec, MetricSpec
 from specs.pipeline import Location
 from stages.data import SAMPLE, Count, read_source
+from stages.depth import predictors
 from stages.errors import InvalidInput
 from stages.layout import Layout, read_layout
 from stages.methods.lora import LowRank
@@ -104,6 +105,15 @@ def warnings(pipeline: Pipeline, document: Document, base: Path | None = None) -
     for name, metric in pipeline.metrics.items():
         if (text := is_fetched(metric)) is not None:
             found.append(document.problem(("metrics", name, "task"), f"warning: {text}"))
+    if layout is not None and (layers := predictors(layout)):
+        numbers = ", ".join(map(str, layers))
+        found.append(
+            document.problem(
+                ("model",),
+                f"warning: layer {numbers} of the base is for multi-token prediction: it is not loaded, so neither "
+                "trained nor released (transformers; DeepSeek-V3, arXiv 2412.19437)",
+            )
+        )
     return sorted(found)
 
 

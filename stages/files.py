@@ -9,7 +9,9 @@ from specs.metric import GenerationSpec, LmEvalSpec, MetricSpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
+from stages.depth import depth_problem
 from stages.errors import InvalidInput
+from stages.formats import gguf_problem, tokenizer_problem
 from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
@@ -49,6 +51,11 @@ def check_model(model: ModelSpec, folder: Path, found: Found) -> Layout | None:
     if model.path is not None and len(found) == before:
         place = folder / model.path
         _try(found, ("model", "path"), lambda: layouts.append(read_layout(place)))
+        _refuse(found, ("model", "path"), lambda: tokenizer_problem(place))
+        _refuse(found, ("model", "path"), lambda: depth_problem(layouts[0]) if layouts else None)
+    if model.gguf is not None and len(found) == before:
+        file = folder / model.gguf
+        _refuse(found, ("model", "gguf"), lambda: gguf_problem(file))
     if (template := model.chat_template) is not None:
         problem = irregular(folder / template) or astray(template, [folder / template], folder)
         if problem:
@@ -129,9 +136,7 @@ def check_metric(metric: MetricSpec, place: Location, folder: Path, limit: int |
             listed = ", ".join(names)
             found.append(((*place, "metric"), f"task {metric.task} has no metric {metric.metric!r}; it has: {listed}"))
     else:
-        problems: list[str | None] = []
-        _try(found, (*place, "task"), lambda: problems.append(installed.problem(metric.task)))
-        found += [((*place, "task"), problem) for problem in problems if problem is not None]
+        _refuse(found, (*place, "task"), lambda: installed.problem(metric.task))
 
 
 def missing(package: str) -> str | None:
@@ -169,6 +174,12 @@ def _check_templates(model: ModelSpec, base: Path) -> None:
 def _unreadable(name: str, files: list[Path], folder: Path) -> list[str]:
     """Why the files that a path led to cannot or may not be read."""
     return [problem for problem in (*map(irregular, files), astray(name, files, folder)) if problem is not None]
+
+
+def _refuse(found: Found, place: Location, look: Callable[[], str | None]) -> None:
+    problems: list[str | None] = []
+    _try(found, place, lambda: problems.append(look()))
+    found += [(place, problem) for problem in problems if problem is not None]
 
 
 def _try(found: Found, place: Location, check: Callable[[], object]) -> None:

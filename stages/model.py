@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from stages.documents import LFS_POINTER, read_object
+from stages.depth import check_depth
 from stages.errors import InvalidInput
-from stages.layout import read_layout, text_config
+from stages.formats import gguf_problem, tokenizer_problem
 from stages.pickles import refuse_pickled_weights
 from stages.remote_code import copy_code, trusted
 from stages.template import bind_renderings
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 GGUF_PRE_TOKENIZERS = ("default", "gpt-2", "smollm")
 """Values of `tokenizer.ggml.pre` whose rule we restore; the import of transformers drops it."""
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configs call the number of layers."""
-_LARGEST_TOKENIZER = 256 << 20
-"""Bytes of the largest tokenizer.json; those of large vocabularies have some 40 MB."""
 
 
 def training_device() -> str:
@@ -40,7 +36,7 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
 
     refuse_pickled_weights(folder)
     trust = trusted(folder)
-    _refuse_more_layers_than_weights(folder)
+    check_depth(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -67,34 +63,13 @@ def load_plain(folder: Path, dtype: "torch.dtype", device: str = "cpu", **settin
     return cast("PreTrainedModel", model)
 
 
-def _refuse_more_layers_than_weights(folder: Path) -> None:
-    """A config can ask for a thousand million layers, and building them, even without weights, would take for ever."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        return  # a config by itself, or a folder that the library refuses
-    layout = read_layout(folder)
-    for name in _LAYERS:
-        layers = text_config(layout.config).get(name)
-        if isinstance(layers, int) and layers > len(layout.tensors):
-            raise InvalidInput(
-                f"{folder / 'config.json'}: {name} is {layers:,}, and the files of the model hold "
-                f"{len(layout.tensors):,} weights in all; fetch the model again"
-            )
-
-
 def _no_tokenizer(folder: Path, error: Exception) -> str:
     """Why, and what to do: what the libraries say of a missing or broken file seldom names it."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         files = "the files of one (tokenizer.json, tokenizer_config.json)"
         return f"it has no tokenizer.json, and {_why(error)}; put {files} beside the weights"
-    with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "tokenizer.json is a Git LFS pointer; fetch what it stands for with git lfs pull"
-    try:
-        read_object(file, limit=_LARGEST_TOKENIZER)
-    except InvalidInput as problem:
-        return f"{problem}; fetch it again"
-    return f"{_why(error)}; fetch tokenizer.json and tokenizer_config.json again"
+    return tokenizer_problem(folder) or f"{_why(error)}; fetch tokenizer.json and tokenizer_config.json again"
 
 
 def _why(error: Exception) -> str:
@@ -156,7 +131,7 @@ def without_weights(config: "PretrainedConfig", **settings: Any) -> "PreTrainedM
     from transformers import AutoModelForCausalLM
 
     trust = trusted(Path(config.name_or_path))
-    _refuse_more_layers_than_weights(Path(config.name_or_path))
+    check_depth(Path(config.name_or_path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **settings)
     return cast("PreTrainedModel", model)
@@ -205,6 +180,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if (problem := gguf_problem(file)) is not None:
+        raise InvalidInput(problem)
     rule, context = _gguf_metadata(file)
     bind_renderings()  # the file may bring a chat template, and stop tokens are looked for with it
     try:

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+GGUF_HEADER = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") + (1).to_bytes(8, "little")
+"""How a GGUF file of one tensor and one setting begins."""
+
 
 def write_headers(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> None:
     """A base of which only the config and the headers are real."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import architectures
 import pytest
-from headers import llama, write_headers
+from headers import GGUF_HEADER, llama, write_headers
 from methods_table import KINDS, METHODS, label, method_of
 from tiny import SPEC, write_data
 
@@ -219,7 +219,7 @@ def test_a_method_that_does_not_suit_the_objective(project, monkeypatch):
 def test_a_base_that_was_prepared_is_held_against_the_stages(project, method, message):
     write_headers(project / "base", llama(), model_type="mistral")
     (project / "base/chat_template.jinja").write_text("{{ messages }}")
-    (project / "base.gguf").write_bytes(b"GGUF")
+    (project / "base.gguf").write_bytes(GGUF_HEADER)
     assert errors(project, method, replace=("path: base,", "gguf: base.gguf,")) == []
     pipeline, _ = load_pipeline(project / "spec.yaml")
     step = make_plan(pipeline, project, project / "runs").steps[0]
@@ -232,7 +232,7 @@ def test_a_base_that_was_prepared_is_held_against_the_stages(project, method, me
 
 
 def test_an_embedding_is_refused_before_the_base_is_there(project):
-    (project / "base.gguf").write_bytes(b"GGUF")
+    (project / "base.gguf").write_bytes(GGUF_HEADER)
     base = ("path: base,", "gguf: base.gguf,")
     [error] = errors(project, "{kind: lora, rank: 4, target_modules: [lm_head]}", replace=base)
     assert "'lm_head' is an embedding or the output head" in error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from headers import GGUF_HEADER
 from methods_table import METHODS, label, method_of
 from tiny import SPEC, write_data
 
@@ -250,7 +251,7 @@ def test_a_process_that_dies_is_no_answer_for_good(project, monkeypatch):
 
 
 def test_the_count_of_a_base_that_is_not_on_disk_yet_comes_later(project, child):
-    (project.spec.parent / "base.gguf").write_bytes(b"GGUF")
+    (project.spec.parent / "base.gguf").write_bytes(GGUF_HEADER)
     text = project.spec.read_text()
     project.spec.write_text(text.replace(f"path: {project.spec.parent / 'base'},", "gguf: base.gguf,"))
     plan = project.plan()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from headers import GGUF_HEADER
 
 from stages import model as models
 from stages.errors import InvalidInput
@@ -79,6 +80,6 @@ def test_a_rule_that_cannot_be_restored_is_refused(gguf: Path, tmp_path: Path, m
 
 def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF" + bytes(100))
+    file.write_bytes(GGUF_HEADER + b"\xff" * 100)
     with pytest.raises(InvalidInput, match="not a GGUF file that can be read"):
         convert_gguf(file, tmp_path / "model")

@@ -22,11 +22,14 @@ def base(base_model, tmp_path) -> Path:
     ("content", "said"),
     [
         (None, r"it has no tokenizer\.json, .*put the files of one .* beside the weights"),
-        (POINTER, r"tokenizer\.json is a Git LFS pointer; .*git lfs pull"),
+        (POINTER, r".*/base/tokenizer\.json: a Git LFS pointer; .*git lfs pull"),
         ("{", r".*/base/tokenizer\.json: cannot be read as JSON: .*; fetch it again"),
         ("[" * 100_000, r".*/base/tokenizer\.json: cannot be read as JSON: nested too deeply; fetch it again"),
-        ('{"a": 1}', r"'added_tokens' is missing in it; fetch tokenizer\.json"),
-        ('{"added_tokens": [], "model": {"type": "None"}}', r"data did not match .*; fetch tokenizer\.json"),
+        ('{"a": 1}', r".*/base/tokenizer\.json: JSON, but no tokenizer that can be loaded \(.*\); fetch it again"),
+        (
+            '{"added_tokens": [], "model": {"type": "None"}}',
+            r".*\.json: JSON, but no tokenizer .*fetch it again",
+        ),
     ],
 )
 def test_a_tokenizer_that_is_missing_or_broken_is_told_in_one_line_with_its_remedy(base, content, said):
@@ -69,3 +72,12 @@ def test_a_config_that_asks_for_layers_without_end_is_refused_before_one_is_buil
         load_plain(base, torch.float32)
     with pytest.raises(InvalidInput, match=refused):
         without_weights(load_config(base))
+
+
+def test_a_config_that_leaves_layers_out_is_refused_before_a_pruned_model_is_loaded(base):
+    import torch
+
+    edit_json(base / "config.json", num_hidden_layers=3)
+    refused = r"base/config\.json: num_hidden_layers is 3, and the weights hold 4 layers: layer 3 would be left out"
+    with pytest.raises(InvalidInput, match=refused):
+        load_plain(base, torch.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import architectures
 import pytest
-from headers import llama, write_headers
+from headers import GGUF_HEADER, llama, write_headers
 from tiny import SPEC, write_data
 
 from specs.load import SpecError
@@ -132,7 +132,7 @@ def test_files_that_fit(project):
 
 
 def test_without_a_base_only_the_file_itself_is_looked_at(project):
-    (project / "base.gguf").write_bytes(b"GGUF")
+    (project / "base.gguf").write_bytes(GGUF_HEADER)
     (project / "file").write_text(scores("model.layers.7.mlp.up_proj"))
     assert errors(project, "scores", base="gguf: base.gguf,") == []
     (project / "file").write_text("{}")
