@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, SerializeAsAny
 
 from specs.base import Spec, name_only
-from specs.data import DataSpec
+from specs.data import DataLimits, DataSpec
 from specs.gate import GateSpec
 from specs.metric import MetricSpec
 from specs.model import ModelSpec
@@ -32,7 +33,9 @@ class StageSpec(Spec):
     method: Any
     """The adaptation method."""
     data: Annotated[tuple[DataSpec, ...], Field(min_length=1)]
-    """Training rows; several sources are mixed by their weights."""
+    """Training rows; several sources are mixed by their weights or shares."""
+    data_limits: DataLimits = name_only(DataLimits())
+    """What the data report may find before the stage is refused, instead of being told."""
     train: TrainSpec
     """Optimizer, schedule, batches, checkpoints."""
     seed: int | None = name_only(None)  # an identity names the seed that is used, not where it was written
@@ -62,7 +65,7 @@ class PipelineSpec(Spec, Generic[StageT]):
 
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts: each with its place in the spec and a message."""
-        return [*self._stage_names(), *self._gate_references(), *self._chat_stages()]
+        return [*self._stage_names(), *self._gate_references(), *self._chat_stages(), *self._shares()]
 
     def _stage_names(self) -> Iterator[tuple[Location, str]]:
         seen: set[str] = set()
@@ -93,6 +96,25 @@ class PipelineSpec(Spec, Generic[StageT]):
             for number, stage in enumerate(chosen if isinstance(chosen, tuple) else ()):
                 if stage not in known:
                     yield ("metrics", name, "chat_template", number), _unknown("stage", stage, known)
+
+    def _shares(self) -> Iterator[tuple[Location, str]]:
+        for number, stage in enumerate(self.stages):
+            shares = {place: source.share for place, source in enumerate(stage.data) if source.share is not None}
+            if len(shares) == len(stage.data):
+                yield (
+                    ("stages", number, "data", 0, "share"),
+                    "every source of this stage has a share, so nothing says how large the stage is; take it from one",
+                )
+            elif (total := sum(map(Fraction, map(str, shares.values())))) >= 1:
+                yield (
+                    ("stages", number, "data", max(shares), "share"),
+                    f"the shares of this stage come to {float(total):g}, and leave nothing to the sources without one; "
+                    "they must come to less than 1",
+                )
+        for name, metric in self.metrics.items():
+            if (data := getattr(metric, "data", None)) is not None:
+                for field in sorted({"share", "weight"} & data.model_fields_set):
+                    yield ("metrics", name, "data", field), f"a metric measures each row once; remove {field}"
 
     def seed_of(self, stage: StageSpec) -> int:
         """The seed that ``stage`` trains with."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from specs.train import CptTrainSpec
 from stages.conversation import end_of_text
-from stages.objective import MaskReport, ObjectiveSpec
+from stages.objective import MaskReport, ObjectiveSpec, RowMask
 from stages.rows import Row, text_row
 
 if TYPE_CHECKING:
@@ -42,16 +42,16 @@ class Cpt(ObjectiveSpec):
         end = end_of_text(tokenizer, self.train.document_end)
         documents: Any = tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
         ids = [[*(document[:-1] if document[-1:] == [end] else document), end] for document in documents]
-        tokens = sum(map(len, ids))
-        cut = [len(document) - self.train.sequence_length for document in ids]
-        lost = sum(over for over in cut if over > 0) if self.train.packing == "none" else 0
-        truncated = sum(over > 0 for over in cut) if self.train.packing == "none" else 0
-        report = MaskReport(
-            rows=len(ids),
-            tokens=tokens,
-            trained_tokens=tokens - lost,
-            truncated_rows=truncated,
-            dropped_rows=0,
-            terminator_trained=True,
-        )
+        length = self.train.sequence_length if self.train.packing == "none" else None
+        each = [
+            RowMask(
+                length=len(document),
+                seen=(seen := len(document[:length])),
+                trained=seen,
+                ended=seen == len(document),
+                truncated=seen < len(document),
+            )
+            for document in ids
+        ]
+        report = MaskReport.of(each, tokens=sum(map(len, ids)))
         return Dataset.from_dict({"input_ids": ids, "labels": ids}), report

@@ -3,9 +3,8 @@
 import codecs
 import csv
 import json
-import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -61,13 +60,13 @@ class Count:
         return f"{self.source}: {self.rows} rows{each}{bad}"
 
 
-class Mixture(NamedTuple):
-    """The rows of a stage."""
+class Line(NamedTuple):
+    """Where a row stands."""
 
-    rows: list[Row]
-    """Weights applied, in the stage's own order."""
-    counts: list[Count]
-    """What was read of each source, before its weight."""
+    file: str
+    """The path as it was opened."""
+    line: str
+    """Its line, or its number where a file has no lines; from 1."""
 
 
 def files_of(source: DataSpec, folder: Path) -> list[Path]:
@@ -130,7 +129,14 @@ def digests(source: DataSpec, folder: Path, digest: Callable[[Path], str] = sha2
 def read_source(
     source: DataSpec, folder: Path, normalise: Normaliser, limit: int | None = None, count: Count | None = None
 ) -> Iterator[Row]:
-    """The rows of a source in order, normalised.
+    """The rows of a source in order, normalised; see `read_lines`."""
+    return (row for _, row in read_lines(source, folder, normalise, limit, count))
+
+
+def read_lines(
+    source: DataSpec, folder: Path, normalise: Normaliser, limit: int | None = None, count: Count | None = None
+) -> Iterator[tuple[Line, Row]]:
+    """The rows of a source in order, normalised, each with where it stands.
 
     Args:
         source: file or hub dataset.
@@ -161,7 +167,7 @@ def read_source(
                     count.first.append(printable_line(f"{path}:{place}: {error}"))
                 continue
             if source.on_bad_row == "drop" or not count.bad:
-                yield row
+                yield Line(str(path), place), row
     if count.bad and (broken or count.bad > _allowed(source, count)):
         raise InvalidInput("\n".join([*count.first, _too_many(source, count, broken=broken)]))
     if not count.used:
@@ -201,32 +207,6 @@ def _what_was_read(count: Count) -> str:
         names = ", ".join(Path(name).name for name in count.files)
         return f"; {names} {'is' if len(count.files) == 1 else 'are'} empty: put rows in, or remove the source"
     return f" are left: all {count.rows} that were read cannot be used; correct them"
-
-
-def mixed(sources: Sequence[DataSpec], folder: Path, normalise: Normaliser, seed: int) -> Mixture:
-    """All rows of all sources by their weights, in one seeded order, and what was read of each source.
-
-    A weight of 2.5 takes each row twice and a seeded half of them once more.
-
-    Raises:
-        InvalidInput: a source cannot be used, or no row is left.
-    """
-    rows: list[Row] = []
-    counts: list[Count] = []
-    for number, source in enumerate(sources):
-        count = Count(source.label)
-        own = list(read_source(source, folder, normalise, count=count))
-        counts.append(count)
-        order = random.Random(f"{seed}/{number}")  # noqa: S311 - sampling, not secrets
-        whole, part = divmod(source.weight, 1)
-        rows += own * int(whole)
-        rows += order.sample(own, round(part * len(own)))
-    if not rows:
-        names = ", ".join(source.label for source in sources)
-        read = "; ".join(map(str, counts))
-        raise InvalidInput(f"{names}: no rows are left after weighting; raise the weights (read: {read})")
-    random.Random(seed).shuffle(rows)  # noqa: S311
-    return Mixture(rows, counts)
 
 
 def _renamed(raw: Row, columns: dict[str, str]) -> Row:

@@ -9,7 +9,7 @@ from specs.train import DpoTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
 from stages.errors import StageFailed
 from stages.finite import IGNORED, learned_rows
-from stages.objective import MaskReport, ObjectiveSpec
+from stages.objective import MaskReport, ObjectiveSpec, RowMask
 from stages.rows import Row, preference_row
 
 if TYPE_CHECKING:
@@ -110,27 +110,25 @@ class Dpo(ObjectiveSpec):
         length = self.train.sequence_length
         terminator = turn_terminator(tokenizer)
         kept: list[Row] = []
-        tokens = trained = truncated = ended = 0
+        each: list[RowMask] = []
         for row in rows:
             answers = [encode_conversation(tokenizer, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
-            truncated += any(len(answer.ids) > length for answer in answers)
+            lengths = [len(answer.ids) for answer in answers]
             marked = [sum(answer.mask[:length]) for answer in answers]
-            if not all(marked):
-                continue
-            kept.append(row)
-            tokens += sum(min(len(answer.ids), length) for answer in answers)
-            trained += sum(marked)
-            ended += all(
-                terminator in [t for t, on in zip(a.ids[:length], a.mask, strict=False) if on] for a in answers
+            ends = [terminator in [t for t, on in zip(a.ids[:length], a.mask, strict=False) if on] for a in answers]
+            sees = all(marked)
+            each.append(
+                RowMask(
+                    length=sum(lengths),
+                    seen=sum(min(one, length) for one in lengths) if sees else 0,
+                    trained=sum(marked) if sees else 0,
+                    ended=all(ends),
+                    truncated=any(one > length for one in lengths),
+                )
             )
-        report = MaskReport(
-            rows=len(rows),
-            tokens=tokens,
-            trained_tokens=trained,
-            truncated_rows=truncated,
-            dropped_rows=len(rows) - len(kept),
-            terminator_trained=None if terminator is None else ended == len(kept),
-        )
+            if sees:
+                kept.append(row)
+        report = MaskReport.of(each, tokens=sum(row.seen for row in each), terminator=terminator is not None)
         return Dataset.from_list(kept), report
 
     def token_rows(

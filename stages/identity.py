@@ -240,7 +240,7 @@ def _other_content(file: Path, known: str) -> list[str]:
         return [f"{file} ({error.strerror})"]
 
 
-def metric_digests(spec: MetricSpec, folder: Path, digest: Digests) -> list[str]:
+def metric_digests(spec: MetricSpec, folder: Path, digest: Callable[[Path], str]) -> list[str]:
     """The content of what a metric measures on.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from specs.train import IftTrainSpec
 from stages.conversation import encode_conversation, turn_terminator
 from stages.finite import IGNORED
-from stages.objective import MaskReport, ObjectiveSpec
+from stages.objective import MaskReport, ObjectiveSpec, RowMask
 from stages.rows import Row, conversation_row
 
 if TYPE_CHECKING:
@@ -41,22 +41,15 @@ class Ift(ObjectiveSpec):
 
         length = self.train.sequence_length
         terminator = turn_terminator(tokenizer)
-        kept_ids, kept_labels = [], []
-        truncated = ended = 0
+        kept_ids, kept_labels, each = [], [], []
         for row in rows:
             ids, mask = encode_conversation(tokenizer, row["messages"])
-            truncated += len(ids) > length
             labels = [token if on else IGNORED for token, on in zip(ids[:length], mask[:length], strict=True)]
-            if any(label != IGNORED for label in labels):
+            trained = sum(label != IGNORED for label in labels)
+            seen = len(labels) if trained else 0
+            each.append(RowMask(len(ids), seen, trained, ended=terminator in labels, truncated=len(ids) > length))
+            if trained:
                 kept_ids.append(ids[:length])
                 kept_labels.append(labels)
-                ended += terminator in labels
-        report = MaskReport(
-            rows=len(rows),
-            tokens=sum(map(len, kept_ids)),
-            trained_tokens=sum(label != IGNORED for labels in kept_labels for label in labels),
-            truncated_rows=truncated,
-            dropped_rows=len(rows) - len(kept_ids),
-            terminator_trained=None if terminator is None else ended == len(kept_ids),
-        )
+        report = MaskReport.of(each, tokens=sum(map(len, kept_ids)), terminator=terminator is not None)
         return Dataset.from_dict({"input_ids": kept_ids, "labels": kept_labels}), report

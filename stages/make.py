@@ -14,7 +14,9 @@ from stages import probe, remote_code
 from stages.artifact import ADAPTER, BENEATH, MODEL, Artifact, beneath, publish, read, verified
 from stages.base import prepare_base
 from stages.count import refuse_later_stages
-from stages.data import mixed, tell_what_was_left_out
+from stages.data import tell_what_was_left_out
+from stages.data_limits import judged, summary
+from stages.data_report import DATA_REPORT, Material, kept_or_made
 from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.identity import TRAINING_LIBRARIES, require_same_inputs, versions
@@ -22,6 +24,7 @@ from stages.job import Job
 from stages.log import info, phase, so_far
 from stages.merge import hand_over, keep_adapter
 from stages.methods.base import Prepared, Start
+from stages.mixing import mixed
 from stages.model import load_plain, load_tokenizer, save_plain, set_stop_tokens, training_device
 from stages.objective import ObjectiveSpec
 from stages.preemption import Preemption
@@ -54,12 +57,20 @@ def make_stage(
     with phase("load", durations):
         refuse_later_stages(job.pipeline, Path(job.folder), stage.name, parent.model)
         tokenizer = load_tokenizer(parent.model)
-        rows, counts = mixed(stage.data, Path(job.folder), stage.normalise, job.pipeline.seed_of(stage))
+        mixture = mixed(
+            stage.data,
+            Path(job.folder),
+            stage.normalise,
+            job.pipeline.seed_of(stage),
+            lambda own: stage.sizes(own, tokenizer),
+        )
         require_same_inputs(job)  # once they were read: checkpoints are then of what was planned
-        for count in counts:
+        for count in mixture.counts:
             tell_what_was_left_out(count)
-        dataset, masks = stage.dataset(rows, tokenizer)
-        masks.checked(stage.name, counts)
+        dataset, masks = stage.dataset(mixture.rows, tokenizer)
+        masks.checked(stage.name, mixture.counts)
+        material = Material(stage, job.pipeline.metrics, Path(job.folder), mixture, dataset, masks, tokenizer)
+        report = _reported(material, work / DATA_REPORT, job)
         start = Start(
             parent.model,
             spec_folder=Path(job.folder),
@@ -94,6 +105,7 @@ def make_stage(
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most{apart}")
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
         write_json(output / "training.json", details)
+        write_json(output / DATA_REPORT, report)
         _draw(output, training, prepared.record)
         curve = training.pop("curve")
         record = {
@@ -101,7 +113,7 @@ def make_stage(
             "kind": stage.kind,
             "method": stage.method.kind,
             "training": training | {"first_logged_loss": curve[0]["loss"] if curve else None},
-            "data": [count.as_record(Path(job.folder)) for count in counts],
+            "data": [count.as_record(Path(job.folder)) for count in mixture.counts],
             "masks": masks.as_record(),
             "hand_over": handed,
             **start_record,
@@ -115,6 +127,16 @@ def make_stage(
     del prepared
     gc.collect()
     return model, artifact
+
+
+def _reported(material: Material, file: Path, job: Job) -> dict[str, Any]:
+    """The data report, told in short; what it finds surely wrong, or beyond the spec's limits, ends the stage here."""
+    report = kept_or_made(material, file, job.identity)
+    info(summary(report))
+    for line in report["warnings"]:
+        info(f"warning: {line}")
+    judged(report, job.stage)
+    return report
 
 
 def _hand_over(

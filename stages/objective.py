@@ -1,8 +1,8 @@
 """The contract of an objective, and what its masks came to."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from specs.pipeline import StageSpec
 from stages.data import Count
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+
+class RowMask(NamedTuple):
+    """What is learned of one row."""
+
+    length: int
+    """Its tokens, whole; of a pair, those of both answers, each after its prompt."""
+    seen: int
+    """Those of them that the trainer sees: none of a dropped row."""
+    trained: int
+    ended: bool
+    """Whether the token that ends each turn (or the document) is learned."""
+    truncated: bool
+    """Whether it is longer than the sequence length; its end is not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +43,33 @@ class MaskReport:
     """Rows of which no trained token is left within the sequence length."""
     terminator_trained: bool | None
     """Whether the token that ends a turn (or a document) is learned; None where there is none."""
+    each: tuple[RowMask, ...]
+    """Of every row, in order."""
+
+    @classmethod
+    def of(cls, each: Sequence[RowMask], tokens: int, *, terminator: bool = True) -> "MaskReport":
+        """The sums.
+
+        Args:
+            each: what is learned of every row.
+            tokens: what the trained ones are a share of.
+            terminator: whether there is a token that ends a turn or a document.
+        """
+        kept = [row for row in each if row.trained]
+        return cls(
+            rows=len(each),
+            tokens=tokens,
+            trained_tokens=sum(row.trained for row in kept),
+            truncated_rows=sum(row.truncated for row in each),
+            dropped_rows=len(each) - len(kept),
+            terminator_trained=all(row.ended for row in kept) if terminator else None,
+            each=tuple(each),
+        )
 
     def as_record(self) -> dict[str, Any]:
         """For manifests and tables, with the share that is trained."""
-        return asdict(self) | {"trained_share": round(self.trained_tokens / max(1, self.tokens), 4)}
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "each"}
+        return record | {"trained_share": round(self.trained_tokens / max(1, self.tokens), 4)}
 
     def checked(self, stage: str, read: Sequence[Count]) -> "MaskReport":
         """The report itself.
@@ -80,6 +117,10 @@ class ObjectiveSpec(StageSpec):
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
         """The rows as the trainer takes them, and what their masks came to."""
         raise TypeError(f"objective {self.kind} has no dataset")
+
+    def sizes(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """The tokens of each row that the trainer sees."""
+        return [row.seen for row in self.dataset(rows, tokenizer)[1].each]
 
     def token_rows(
         self, dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"

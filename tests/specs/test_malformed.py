@@ -107,7 +107,7 @@ SECRET = (
     "(the hub reads HF_TOKEN), and revoke it if anybody else has seen this file"
 )
 TOKEN = "hf_" + "Ab1" * 12
-KEYS = "name, kind, method, data, train, seed, gates, on_gate_failure"
+KEYS = "name, kind, method, data, data_limits, train, seed, gates, on_gate_failure"
 RATE = "learning_rate: 5e-3"
 CORPUS = "path: data/corpus.jsonl"
 
@@ -120,7 +120,7 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "missing key": ([("    kind: cpt\n", "")], ["10:5: stages[0].kind: missing; allowed: cpt, ift, dpo"]),
     "missing data": (
         [("    data: [{path: data/corpus.jsonl}]\n", "")],
-        ["10:5: stages[0].data: missing; Training rows; several sources are mixed by their weights"],
+        ["10:5: stages[0].data: missing; Training rows; several sources are mixed by their weights or shares"],
     ),
     "text for a number": (
         [("rank: 4", 'rank: "10"')],

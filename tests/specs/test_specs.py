@@ -13,7 +13,7 @@ from methods_table import KINDS, METHODS
 from pydantic import BaseModel
 
 from specs.base import Spec, fingerprint, identity_fields
-from specs.data import DataSpec
+from specs.data import DataLimits, DataSpec
 from specs.gate import GateSpec, share
 from specs.load import SpecError, load
 from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
@@ -71,6 +71,7 @@ NAME_ONLY = {
     "StageSpec.seed": "the plan puts the seed that is used in its place",
     "StageSpec.gates": "judges, never trains",
     "StageSpec.on_gate_failure": "judges, never trains",
+    "StageSpec.data_limits": "refuses a stage or not; what it trains on is the same",
     "TrainSpec.checkpoint_every": "resuming gives the same result",
     "TrainSpec.keep_checkpoints": "disk space",
     "DataSpec.path": "the plan puts the content in its place",
@@ -327,6 +328,27 @@ REFUSED: dict[str, tuple[type[BaseModel], str, list[str]]] = {
         "{metric: a, at_least: 1, confidence: 1}",
         ["1:38: confidence: expected a number less than or equal to 0.999, found 1"],
     ),
+    "share and weight": (
+        DataSpec,
+        "{path: a.csv, share: 0.1, weight: 2}",
+        ["1:1: share and weight exclude one another: share says how much of the stage, weight how often"],
+    ),
+    "share of everything": (
+        DataSpec,
+        "{path: a.csv, share: 1}",
+        ["1:22: share: expected a number less than 1, found 1"],
+    ),
+    "share as a percentage": (DataSpec, "{path: a.csv, share: 10%}", ["1:22: share: expected a number, found '10%'"]),
+    "limit of more than all": (
+        DataLimits,
+        "{overlap: 101%}",
+        ["1:1: overlap 101% is more than all rows; 100% are the most"],
+    ),
+    "limit that is neither": (
+        DataLimits,
+        "{duplicates: 0.05}",
+        ["1:14: duplicates: expected a whole number or text, found 0.05"],
+    ),
     "confidence as a percentage": (
         GateSpec,
         "{metric: a, at_least: 1, confidence: 95%}",
@@ -418,6 +440,8 @@ ACCEPTED: dict[str, tuple[type[BaseModel], str]] = {
     "hub model": (ModelSpec, f"{{hub: org/base-1.5_b, revision: {COMMIT}}}"),
     "glob": (DataSpec, "{path: 'data/**/*.parquet', weight: 100}"),
     "hub data": (DataSpec, f"{{hub: a/b, revision: {COMMIT}, files: '*'}}"),
+    "share": (DataSpec, "{path: a.csv, share: 0.1}"),
+    "limits": (DataLimits, "{duplicates: 5%, overlap: 0, truncated: 100 %, dropped: 12}"),
     "dropped rows, by number": (DataSpec, "{path: a.csv, on_bad_row: drop, max_bad_rows: 3}"),
     "dropped rows, by share": (DataSpec, "{path: a.csv, on_bad_row: drop, max_bad_rows: 0.5 %}"),
     "code and a day": (ModelSpec, f"{{path: a, template_date: 2026-01-05, allow_remote_code: {'0a' * 32}}}"),
@@ -551,6 +575,7 @@ def test_a_field_that_came_later_leaves_identities_as_they_were_until_it_is_set(
     bare = {"hub": None, "revision": None, "files": None, "columns": {}, "weight": 1.0}
     assert identity_fields(DataSpec(path="a.csv")) == bare
     assert identity_fields(DataSpec(path="a.csv", on_bad_row="drop")) == bare | {"on_bad_row": "drop"}
+    assert identity_fields(DataSpec(path="a.csv", share=0.1)) == bare | {"share": 0.1}
     assert not {"template_date", "allow_remote_code"} & set(identity_fields(ModelSpec(path="a")))
     day = ModelSpec(path="a", template_date=date(2026, 1, 5))
     assert identity_fields(day)["template_date"] == "2026-01-05"
@@ -634,6 +659,8 @@ def test_a_whole_spec_is_loaded(tmp_path: Path) -> None:
     assert [type(stage.method).__name__ for stage in pipeline.stages] == ["Spectrum", "Lora", "Qlora", "Full"]
 
 
+SHARED_CHATS = "rank: 4, alpha: 8, target_modules: [q_proj]}\n    data: [{path: data/chats.jsonl, share: 0.5}]"
+WEIGHED_PAIRS = "{path: data/pairs.jsonl, weight: 2}, beta"
 BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "duplicate": (
         [("name: polish", "name: answers")],
@@ -706,6 +733,33 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
             )
         ],
         ["28:11: stages[2].data: expected 1 or more items, found 0"],
+    ),
+    "shares that leave nothing": (
+        [
+            (
+                "train: {learning_rate: 1e-4, epochs: 2",
+                "  - {path: a.csv, share: 0.7}\n      - {path: b.csv, share: 0.3}\n"
+                "    train: {learning_rate: 1e-4, epochs: 2",
+            )
+        ],
+        [
+            "16:23: stages[0].data[3].share: the shares of this stage come to 1, and leave nothing to the sources "
+            "without one; they must come to less than 1"
+        ],
+    ),
+    "shares of nothing": (
+        [("rank: 4, alpha: 8, target_modules: [q_proj]}\n    data: [{path: data/chats.jsonl}]", SHARED_CHATS)],
+        [
+            "23:37: stages[1].data[0].share: every source of this stage has a share, so nothing says how large the "
+            "stage is; take it from one"
+        ],
+    ),
+    "a share of a metric": (
+        [("data/heldout.jsonl}", "data/heldout.jsonl, share: 0.5}"), ("{path: data/pairs.jsonl}, beta", WEIGHED_PAIRS)],
+        [
+            "4:71: metrics.domain.data.share: a metric measures each row once; remove share",
+            "5:60: metrics.pairs.data.weight: a metric measures each row once; remove weight",
+        ],
     ),
     "everything at once": (
         [("metric: pairs", "metric: pair"), ("name: polish", "name: answers"), ("keeps: previous", "keeps: x")],

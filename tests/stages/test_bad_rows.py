@@ -4,8 +4,9 @@ import pytest
 from row_reading import complaint, read, refusal, source, texts, write_parquet
 from tiny import write_rows
 
-from stages.data import Count, mixed, read_source, tell_what_was_left_out
+from stages.data import Count, read_source, tell_what_was_left_out
 from stages.errors import InvalidInput
+from stages.mixing import mixed
 from stages.rows import conversation_row, preference_row, text_row
 
 GOOD = [{"text": f"good {n}"} for n in range(8)]

@@ -14,8 +14,9 @@ from tiny import write_rows
 
 from specs.data import DataSpec
 from stages.artifact import sha256
-from stages.data import digests, files_of, mixed, read_source
+from stages.data import digests, files_of, read_source
 from stages.errors import InvalidInput
+from stages.mixing import mixed
 from stages.rows import conversation_row, preference_row, text_row
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -17,7 +17,7 @@ from stages.pipeline import Pipeline
 
 STAGES = {"cpt": Cpt, "ift": Ift, "dpo": Dpo}
 NO_PART: dict[str, set[str]] = {
-    "stage": {"name", "gates", "on_gate_failure", "seed"},
+    "stage": {"name", "data_limits", "gates", "on_gate_failure", "seed"},
     "train": {"checkpoint_every", "keep_checkpoints"},
     "source": {"path", "max_bad_rows"},
     "method": set(),
