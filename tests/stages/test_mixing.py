@@ -101,8 +101,8 @@ def test_every_row_is_beside_where_it_stands(folder):
 
 def test_a_share_that_cannot_be_reached_is_refused_with_what_to_do(folder, tmp_path):
     assert refusal(folder, {"domain.jsonl": None, "general.jsonl": 0.999}) == (
-        "general.jsonl: share 0.999 of this stage is 899,100 tokens, and the source has 695: each row would be used more "
-        "than 100 times; add rows, or lower the share"
+        "general.jsonl: share 0.999 of this stage is 899,100 tokens, and the source has 695: each row would be used "
+        "more than 100 times; add rows, or lower the share"
     )
     assert refusal(folder, {"domain.jsonl": None, "general.jsonl": 1e-4}) == (
         "general.jsonl: share 0.0001 of this stage is 0 tokens, less than half of a row; raise it, or remove the source"
