@@ -87,7 +87,7 @@ def report_stage(step: Step, outcome: Outcome) -> None:
                     create_markdown_artifact(
                         f"![{title}]({_data_uri(picture)})",
                         key=_key(*_owner(step), picture.stem),
-                        description=f"{step.name}: {title}",
+                        description=f"{step.title}: {title}",
                     )
 
 
@@ -117,8 +117,8 @@ def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
 
 
 def _owner(step: Step) -> tuple[str, str]:
-    """Pipeline and stage: one server may show several pipelines, and keys are global."""
-    return step.target.parent.name, step.name
+    """Pipeline and stage, or attempt at it: one server may show several pipelines, and keys are global."""
+    return step.target.parent.name, step.name if step.attempt == 1 else f"{step.name}-attempt-{step.attempt}"
 
 
 def _key(*parts: str) -> str:

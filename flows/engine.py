@@ -13,10 +13,9 @@ from stages.check import check_base, check_inputs
 from stages.documents import read_sealed, write_sealed
 from stages.errors import GateRefused, InvalidInput
 from stages.faults import explain
-from stages.gate import Verdict, judge
+from stages.gate import Verdict
 from stages.job import Job, write_job
 from stages.lock import ENDINGS, RUN, USE, exclusive, shared
-from stages.measure import Measure
 from stages.pipeline import Pipeline, load_pipeline
 from stages.plan import RELEASE, Plan, Step, make_plan
 from stages.store import remember
@@ -37,6 +36,8 @@ class Outcome:
     kept: bool
     """Nothing had to be made or measured."""
     verdicts: tuple[Verdict, ...]
+    settled: bool = True
+    """Whether the chain goes on from here, or ends; false where its gates refuse an attempt and another is next."""
 
     @property
     def passed(self) -> bool:
@@ -150,18 +151,12 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     remember_plan(run, plan)
     if plan.pending:
         check_inputs(plan.pipeline, plan.folder)
-    _set_aside(run, plan)
-    outcomes = []
+    _set_aside(run, plan, forced=True)
+    outcomes: list[Outcome] = []
     try:
         for number in range(len(plan.steps)):
-            # Anew, for the files under a step may have changed while others ran; of the spec as it was: who edits it
-            # meanwhile means the next run.
-            plan = run.plan(pipeline=plan.pipeline)
-            step = plan.steps[number]
-            outcome = hooks.step(step, lambda plan=plan, step=step: _run_step(plan, step, hooks))  # type: ignore[misc]
-            outcomes.append(outcome)
-            if step.stage is not None and not outcome.passed and step.stage.on_gate_failure == "stop":
-                raise GateRefused(f"stage {step.name}: {outcome.line}")
+            plan = _bring_up(run, plan, number, hooks, outcomes)
+            _stop_if_refused(outcomes[-1])
     finally:
         process.dismiss()
     if run.until_stage is None:
@@ -169,20 +164,72 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     return outcomes
 
 
-def _set_aside(run: Run, plan: Plan) -> None:
+def _bring_up(run: Run, before: Plan, number: int, hooks: Hooks, outcomes: list[Outcome]) -> Plan:
+    """Do a step; where its gates refuse it and another attempt is left, that one next. Returns the plan as it is then.
+
+    Args:
+        run: what was asked for.
+        before: the plan as it was.
+        number: the step's place in it.
+        hooks: are told.
+        outcomes: is added to, an outcome for each attempt.
+    """
+    while True:
+        # Anew, for the files under a step may have changed while others ran; of the spec as it was: who edits it
+        # meanwhile means the next run.
+        plan = run.plan(pipeline=before.pipeline)
+        if plan.steps != before.steps and plan.steps[number].attempts > 1:
+            _set_aside(run, plan)
+            remember_plan(run, plan)
+
+        def body(plan: Plan = plan) -> Outcome:
+            outcome = _run_step(plan, plan.steps[number], hooks)
+            return replace(outcome, settled=_is_settled(run, plan, outcome))
+
+        outcomes.append(hooks.step(plan.steps[number], body))
+        if outcomes[-1].settled:
+            return plan
+        before = plan
+
+
+def _is_settled(run: Run, plan: Plan, outcome: Outcome) -> bool:
+    """Whether the chain goes on with an attempt, now that it was judged."""
+    step = outcome.step
+    return outcome.passed or run.plan(pipeline=plan.pipeline).steps[step.order].key == step.key
+
+
+def _stop_if_refused(outcome: Outcome) -> None:
+    """End the run where gates refuse a stage and the spec says stop.
+
+    Raises:
+        GateRefused: they do.
+    """
+    step = outcome.step
+    if step.stage is None or outcome.passed or step.stage.policy != "stop":
+        return
+    best = "" if step.attempts == 1 else f"all {step.attempts} attempts were refused, and this is the best: "
+    raise GateRefused(f"stage {step.title}: {best}{outcome.line}")
+
+
+def _set_aside(run: Run, plan: Plan, *, forced: bool = False) -> None:
     """Move away what is to be made anew, unless another run makes it, or makes something from it.
+
+    Args:
+        run: what was asked for.
+        plan: what is damaged, or forced.
+        forced: whether it was planned with `from_stage`.
 
     Raises:
         TryAgain: one does; nothing was moved.
     """
     with ExitStack() as locks:
-        held = {step.key for step in plan.steps if step.damaged is not None}
-        for step in plan.steps:
+        held = {step.key for step in plan.named if step.damaged is not None}
+        for step in plan.named:
             if step.key in held:
                 for ending in ENDINGS:
                     locks.enter_context(exclusive(_lock(plan, step, ending), step.target.name))
         # Planned again under the locks: another run may have made it anew since.
-        for step in run.plan(forced=True, pipeline=plan.pipeline).steps if held else ():
+        for step in run.plan(forced=forced, pipeline=plan.pipeline).named if held else ():
             if step.damaged is not None and step.key in held:
                 set_aside(step.damaged)
 
@@ -256,7 +303,7 @@ def _work_alone(plan: Plan, step: Step, job: Job, hooks: Hooks) -> None:
     def say(line: str) -> None:
         hooks.event(step, {"event": "info", "message": line})
 
-    child = process.start(job.kind, file, step.name, offline=offline)
+    child = process.start(job.kind, file, step.title, offline=offline)
     events = child.events(hooks.cancelled, say)
 
     def until_done(phase: str | None) -> None:
@@ -278,13 +325,7 @@ def _work_alone(plan: Plan, step: Step, job: Job, hooks: Hooks) -> None:
 
 def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
     """What the gates of a step come to, from what is on the disk."""
-
-    def measured(where: str, metric: str, measure: str | None) -> Measure | None:
-        place = plan.step(where, step)
-        evaluation = None if place is None else place.evaluation(metric)
-        return None if evaluation is None else evaluation.measure(measure)
-
-    return judge(() if step.stage is None else step.stage.gates, measured)
+    return plan.verdicts(step)
 
 
 def is_done(plan: Plan) -> bool:

@@ -184,7 +184,7 @@ class _PrefectHooks:
         """One subflow, named after the stage; while the server is away, the work alone."""
         self._step, self._reporter = step, None
         if not self._reachable():
-            self.say(f"the Prefect server does not answer: {step.name} runs all the same, and will not be shown there")
+            self.say(f"the Prefect server does not answer: {step.title} runs all the same, and will not be shown there")
             return body()
 
         def inside() -> Outcome:
@@ -198,7 +198,7 @@ class _PrefectHooks:
             flow(name="stage", flow_run_name="{stage}", persist_result=False),
             inside,
             _state_of_step,
-            {"stage": step.name, "identity": step.key},
+            {"stage": step.title, "identity": step.key},
         )
 
     def phase(self, step: Step, name: str, body: Callable[[], None]) -> None:
@@ -348,7 +348,7 @@ def _line(error: BaseException) -> str:
 
 def _state_of_step(outcome: Outcome) -> State[Any]:
     if not outcome.passed:
-        warned = outcome.step.stage is not None and outcome.step.stage.on_gate_failure == "warn"
+        warned = outcome.settled and outcome.step.stage is not None and outcome.step.stage.policy == "warn"
         state = Completed if warned else Failed
         return state(name="GateWarned" if warned else "GateFailed", message=outcome.line)
     return Completed(name="Cached" if outcome.kept else "Passed", message=outcome.line)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.engine import verdicts_of
 from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
@@ -40,8 +39,10 @@ def summarise(plan: Plan) -> Summary:
     """The table of everything that is published of a pipeline."""
     steps = [step for step in plan.steps if step.name != RELEASE]
     rows = [row for metric in plan.pipeline.metrics for row in _metric_rows(metric, steps)]
-    done = [step for step in steps if step.artifact is not None]
-    judged = tuple((step.name, verdict) for step in done if not step.missing for verdict in verdicts_of(plan, step))
+    tried = [step for step in plan.named if step.artifact is not None and not step.missing]
+    tried.sort(key=lambda step: (step.order, step.attempt))
+    judged = tuple((step.title, verdict) for step in tried for verdict in plan.verdicts(step))
+    costs = [(name, *(show(step) for step in steps)) for name, show in _COSTS.items()]
     last = plan.steps[-1]
     link = plan.store / MODEL
     released = link if last.name == RELEASE and last.artifact is not None and link.exists() else None
@@ -49,7 +50,7 @@ def summarise(plan: Plan) -> Summary:
         title=plan.pipeline.name,
         columns=("", *(step.name for step in steps)),
         metrics=tuple(rows),
-        costs=tuple((name, *(show(step) for step in steps)) for name, show in _COSTS.items()),
+        costs=tuple(row for row in costs if row[0] != "attempt" or set(row[1:]) != {_ABSENT}),
         verdicts=judged,
         release=released,
     )
@@ -122,8 +123,13 @@ def _record(step: Step) -> dict[str, Any]:
     return {} if step.artifact is None else step.artifact.manifest["record"]
 
 
+def _attempt(step: Step) -> str:
+    return _ABSENT if step.attempts == 1 else f"{step.attempt} of {step.attempts}: {step.words}"
+
+
 _COSTS = {
     "stage": _method,
+    "attempt": _attempt,
     "parameters trained": _trained,
     "start moved by (logits)": _start,
     "hand-over error (logits)": _error,

@@ -64,14 +64,14 @@ class Watcher:
     def _hear(self, step: Step, event: Event) -> None:
         kind = event["event"]
         if kind == "phase_started":
-            self._start(f"{step.name}: {event['phase']}")
+            self._start(f"{escape(step.title)}: {event['phase']}")
         elif kind == "progress":
             loss = event.get("loss")
             self._move(event["step"], event["total"], "" if loss is None else f"loss {loss:.3f}")
         elif kind == "measuring":
             self._move(event["done"], event["total"], event["metric"])
         elif kind == "phase_done":
-            err.print(f"[green]✓[/] {step.name}: {event['phase']} [dim]{event['seconds']:.1f} s[/]")
+            err.print(f"[green]✓[/] {escape(step.title)}: {event['phase']} [dim]{event['seconds']:.1f} s[/]")
         elif kind == "info":
             err.print(f"  {event['message']}", style="dim", markup=False, soft_wrap=True)
 
@@ -96,11 +96,27 @@ def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate 
         else:
             mark, text = "[green]keep    [/]", step.reason
         kind = "" if step.stage is None else f" [dim]({step.stage.kind}, {step.stage.method.kind})[/]"
-        out.print(f"{mark} {step.order} {step.name}{kind}: {escape(text)}")
-        for line in details.get(step.name, ()):
+        out.print(f"{mark} {step.order} {escape(step.title)}{kind}: {escape(text)}")
+        for line in (*details.get(step.name, ()), *_other_attempts(plan, step)):
             out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
     if room is not None and room.needed:
         out.print(str(room), style="dim" if room.fits else "red", markup=False, soft_wrap=True)
+
+
+def _other_attempts(plan: Plan, step: Step) -> list[str]:
+    return [
+        f"attempt {other.attempt} of {other.attempts} ({other.words}): {_standing(plan, other)}"
+        for other in plan.others
+        if other.order == step.order
+    ]
+
+
+def _standing(plan: Plan, attempt: Step) -> str:
+    if attempt.artifact is None:
+        return "only if the gates refuse those before it" if attempt.damaged is None else attempt.reason
+    if attempt.missing:
+        return "published, not measured"
+    return "passes, too" if all(one.passed for one in plan.verdicts(attempt)) else "refused by its gates"
 
 
 def print_warnings(warnings: Sequence[object]) -> None:
@@ -114,7 +130,8 @@ def print_summary(summary: Summary) -> None:
     _table(summary.title, summary.columns, summary.metrics)
     for stage, verdict in summary.verdicts:
         out.print(
-            f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {stage}: {escape(verdict.reason)}", soft_wrap=True
+            f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {escape(stage)}: {escape(verdict.reason)}",
+            soft_wrap=True,
         )
     _table("", summary.columns, summary.costs)
 
@@ -126,5 +143,5 @@ def _table(title: str, columns: tuple[str, ...], rows: tuple[tuple[str, ...], ..
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)

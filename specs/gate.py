@@ -87,7 +87,7 @@ class GateSpec(Spec):
             rule = f"improves on {self.improves_on}" + (f" by {self.by}" if self.by else "")
         else:
             rule = f"keeps {self.keeps} within {self.within}"
-        sure = "by its value alone" if self.confidence is None else f"at {100 * self.confidence:g}%"
+        sure = "by its value alone" if self.confidence is None else f"at {100 * self.confidence:.4g}%"
         return f"{self.metric} {rule}, {sure}"
 
 

@@ -1,23 +1,24 @@
 """The whole spec: a base model, metrics, and stages in order."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, Self, TypeVar
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, ValidationError
 
-from specs.base import Spec, name_only
+from specs.base import Spec, identity_fields, name_only
 from specs.data import DataLimits, DataSpec
+from specs.explain import explain
 from specs.gate import GateSpec
 from specs.metric import MetricSpec
 from specs.model import ModelSpec
 from specs.paths import Slug
+from specs.retry import ChangeSpec, Policy, RetrySpec, UnfitChange, changed, changed_fields, in_words
 from specs.train import TrainSpec
 
 Location = tuple[str | int, ...]
 """A place in a spec: keys and list positions from the top."""
-
 BASE = "base"
 PREVIOUS = "previous"
 RESERVED = (BASE, PREVIOUS, "release")
@@ -42,11 +43,45 @@ class StageSpec(Spec):
     """Seed of this stage; by default the pipeline's."""
     gates: tuple[GateSpec, ...] = name_only(())
     """What must hold before the next stage starts. Gates never retrain: an edited one is judged again."""
-    on_gate_failure: Literal["stop", "warn"] = name_only("stop")
-    """stop ends the run with exit code 3; warn records the verdict and goes on."""
+    on_gate_failure: Policy | RetrySpec = name_only("stop")
+    """stop ends the run with exit code 3; warn records the verdict and goes on; `{retry: [...], then: stop}` makes the
+    stage anew with each of some changes in turn until one passes."""
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of a run when the gates refuse the stage, and every other attempt at it."""
+        return self.on_gate_failure.then if isinstance(self.on_gate_failure, RetrySpec) else self.on_gate_failure
+
+    @property
+    def changes(self) -> tuple[ChangeSpec, ...]:
+        """What is tried in turn when the gates refuse the stage as written."""
+        return self.on_gate_failure.retry if isinstance(self.on_gate_failure, RetrySpec) else ()
+
+    def attempts(self) -> tuple["Attempt[Self]", ...]:
+        """The stage as written and, after it, as each change makes it.
+
+        Raises:
+            specs.retry.UnfitChange, pydantic.ValidationError: a change does not fit; `PipelineSpec.problems` says so.
+        """
+        made = [(change, changed(self, change, on_gate_failure=self.policy)) for change in self.changes]
+        total = 1 + len(made)
+        others = [Attempt(n, total, in_words(one, change), one) for n, (change, one) in enumerate(made, start=2)]
+        return (Attempt(1, total, "as written", self), *others)
 
 
 StageT = TypeVar("StageT", bound=StageSpec)
+
+
+class Attempt(NamedTuple, Generic[StageT]):
+    """A stage as it is tried once."""
+
+    number: int
+    """From 1, the stage as written."""
+    of: int
+    """How many are planned, the first included."""
+    words: str
+    """What differs from the stage as written."""
+    stage: StageT
 
 
 class PipelineSpec(Spec, Generic[StageT]):
@@ -65,7 +100,27 @@ class PipelineSpec(Spec, Generic[StageT]):
 
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts: each with its place in the spec and a message."""
-        return [*self._stage_names(), *self._gate_references(), *self._chat_stages(), *self._shares()]
+        return [*self._stage_names(), *self._gate_references(), *self._chat_stages(), *self._shares(), *self._changes()]
+
+    def placed_stages(self) -> Iterator[tuple[Location, StageT]]:
+        """Every stage at its place and, after it, its further attempts, each at the place of the change that makes it.
+
+        Changes that fit no stage are left out: `problems` tells of them.
+        """
+        for number, stage in enumerate(self.stages):
+            place: Location = ("stages", number)
+            yield place, stage
+            for at, change in enumerate(stage.changes):
+                try:
+                    made = changed(stage, change, on_gate_failure=stage.policy)
+                except (UnfitChange, ValidationError):
+                    continue
+                yield (*place, *_change(at)), made
+
+    def with_stages(self, stages: Iterable[StageSpec]) -> Self:
+        """The same pipeline with these in the place of its first stages: the attempts that a run goes on with."""
+        first = tuple(stages)
+        return self.model_copy(update={"stages": (*first, *self.stages[len(first) :])})
 
     def _stage_names(self) -> Iterator[tuple[Location, str]]:
         seen: set[str] = set()
@@ -89,6 +144,32 @@ class PipelineSpec(Spec, Generic[StageT]):
                     yield (*where, rule), _unknown("earlier stage", gate.reference, earlier)
             earlier.append(stage.name)
 
+    def _changes(self) -> Iterator[tuple[Location, str]]:
+        """Changes that make no stage of a stage, or none that was not tried before."""
+        for number, stage in enumerate(self.stages):
+            place: Location = ("stages", number)
+            if stage.changes and not stage.gates:
+                yield (*place, "on_gate_failure"), "nothing refuses this stage: retry goes with gates; add some"
+            tried = [(self._result(stage), "the stage as written")]
+            for at, change in enumerate(stage.changes):
+                try:
+                    fields = changed_fields(stage, change)
+                    made = changed(stage, change, on_gate_failure=stage.policy)
+                except UnfitChange as error:
+                    yield (*place, *_change(at), *error.where), error.message
+                except ValidationError as error:
+                    for where, _, message in explain(type(stage), error.errors(include_url=False), fields):
+                        yield (*place, *_change(at), *_in_change(where, stage, change)), message
+                else:
+                    same = [name for result, name in tried if result == self._result(made)]
+                    if same:
+                        yield (*place, *_change(at)), f"makes the same of the stage as {same[0]}; change something else"
+                    tried.append((self._result(made), f"change {at + 1}"))
+
+    def _result(self, stage: StageT) -> tuple[Any, ...]:
+        """What of a stage decides what is made of it; paths, because a file's content is not known here."""
+        return identity_fields(stage), self.seed_of(stage), [source.path for source in stage.data]
+
     def _chat_stages(self) -> Iterator[tuple[Location, str]]:
         known = [BASE, *(stage.name for stage in self.stages)]
         for name, metric in self.metrics.items():
@@ -98,16 +179,16 @@ class PipelineSpec(Spec, Generic[StageT]):
                     yield ("metrics", name, "chat_template", number), _unknown("stage", stage, known)
 
     def _shares(self) -> Iterator[tuple[Location, str]]:
-        for number, stage in enumerate(self.stages):
-            shares = {place: source.share for place, source in enumerate(stage.data) if source.share is not None}
+        for place, stage in self.placed_stages():
+            shares = {at: source.share for at, source in enumerate(stage.data) if source.share is not None}
             if len(shares) == len(stage.data):
                 yield (
-                    ("stages", number, "data", 0, "share"),
+                    (*place, "data", 0, "share"),
                     "every source of this stage has a share, so nothing says how large the stage is; take it from one",
                 )
             elif (total := sum(map(Fraction, map(str, shares.values())))) >= 1:
                 yield (
-                    ("stages", number, "data", max(shares), "share"),
+                    (*place, "data", max(shares), "share"),
                     f"the shares of this stage come to {float(total):g}, and leave nothing to the sources without one; "
                     "they must come to less than 1",
                 )
@@ -119,6 +200,18 @@ class PipelineSpec(Spec, Generic[StageT]):
     def seed_of(self, stage: StageSpec) -> int:
         """The seed that ``stage`` trains with."""
         return self.seed if stage.seed is None else stage.seed
+
+
+def _change(number: int) -> Location:
+    """The place of a change within its stage."""
+    return ("on_gate_failure", "retry", number)
+
+
+def _in_change(where: Location, stage: StageSpec, change: ChangeSpec) -> Location:
+    """Where in a change that stands what is wrong at ``where`` in the stage that it makes."""
+    if where[:1] == ("data",) and len(where) > 1 and isinstance(change.data, dict):
+        return ("data", stage.data[int(where[1])].label, *where[2:])
+    return where
 
 
 def _unknown(what: str, found: str, known: list[str]) -> str:

@@ -95,13 +95,15 @@ def warnings(pipeline: Pipeline, document: Document, base: Path | None = None) -
         base = folder / pipeline.model.path
     layout = _layout(base)
     found = []
-    for number, stage in enumerate(pipeline.stages):
+    said: set[tuple[int, str]] = set()
+    for place, stage in pipeline.placed_stages():
+        number = int(place[1])
         context = Context(pipeline, number, folder, layout)
         for advice in ADVICE:
             text = advice.check(stage, context)
-            if text is not None:
-                place = ("stages", number, *advice.field)
-                found.append(document.problem(place, f"warning: {text} ({advice.source})"))
+            if text is not None and (number, text) not in said:  # of an attempt, what is not true of the stage as well
+                said.add((number, text))
+                found.append(document.problem((*place, *advice.field), f"warning: {text} ({advice.source})"))
     for name, metric in pipeline.metrics.items():
         if (text := is_fetched(metric)) is not None:
             found.append(document.problem(("metrics", name, "task"), f"warning: {text}"))

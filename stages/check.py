@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,8 +79,15 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
     """What is wrong with the files, packages and trainer arguments that the spec names."""
     found: Found = []
     layout = check_model(pipeline.model, folder, found)
-    for number, stage in enumerate(pipeline.stages):
-        _check_stage(stage, ("stages", number), folder, layout, limit, found)
+    written = {number: _stage_problems(stage, folder, layout, limit) for number, stage in enumerate(pipeline.stages)}
+    for place, stage in pipeline.placed_stages():
+        known = written[int(place[1])]
+        if stage is pipeline.stages[int(place[1])]:
+            found += [((*place, *where), message) for where, message in known]
+            continue
+        sources = pipeline.stages[int(place[1])].data
+        own = _stage_problems(stage, folder, layout, limit, looked_at=sources)
+        found += [((*place, *where), message) for where, message in own if (where, message) not in known]
     for name, metric in pipeline.metrics.items():
         check_metric(metric, ("metrics", name), folder, limit, found)
     return [*found, *_unknown_measures(pipeline, folder)]
@@ -132,17 +140,25 @@ def _beyond_reach(pipeline: Pipeline) -> Found:
     return found
 
 
-def _check_stage(
-    stage: ObjectiveSpec, place: Location, folder: Path, layout: Layout | None, limit: int | None, found: Found
-) -> None:
-    check_method(stage.method, place, folder, layout, found)
-    found += [((*place, *where), message) for where, message in stage_problems(stage, layout)]
-    found += [((*place, "train", "extra", key), message) for key, message in extra_problems(stage)]
+def _stage_problems(
+    stage: ObjectiveSpec,
+    folder: Path,
+    layout: Layout | None,
+    limit: int | None,
+    looked_at: Sequence[DataSpec] = (),
+) -> Found:
+    """What is wrong with a stage, each at its place within it; files of sources that were looked at are left out."""
+    found: Found = []
+    check_method(stage.method, (), folder, layout, found)
+    found += stage_problems(stage, layout)
+    found += [(("train", "extra", key), message) for key, message in extra_problems(stage)]
     optimizer = stage.train.optimizer
     if optimizer in _PACKAGE_OPTIMIZERS and (problem := missing(_OPTIMIZER_PACKAGE)):
-        found.append(((*place, "train", "optimizer"), f"optimizer {optimizer} {problem}"))
+        found.append((("train", "optimizer"), f"optimizer {optimizer} {problem}"))
     for number, source in enumerate(stage.data):
-        check_source(source, (*place, "data", number), folder, stage.normalise, limit, found)
+        if source.label not in [one.label for one in looked_at]:
+            check_source(source, ("data", number), folder, stage.normalise, limit, found)
+    return found
 
 
 def part_problems(data: dict[str, Any], folder: Path) -> Found:
@@ -162,7 +178,8 @@ def part_problems(data: dict[str, Any], folder: Path) -> Found:
     for number, part in enumerate(stages if isinstance(stages, list) else ()):
         place: Location = ("stages", number)
         if (stage := _sound(Stage, part)) is not None:
-            _check_stage(stage, place, folder, layout, SAMPLE, found)
+            own = _stage_problems(stage, folder, layout, SAMPLE)
+            found += [((*place, *where), message) for where, message in own]
         elif isinstance(part, dict):
             _check_parts_of_stage(part, place, folder, layout, found)
     for name, part in metrics.items() if isinstance(metrics, dict) else ():
@@ -200,10 +217,10 @@ def check_inputs(pipeline: Pipeline, folder: Path) -> None:
         InvalidInput: all that is wrong.
     """
     found = spec_problems(pipeline, folder, limit=None)
-    for number, stage in enumerate(pipeline.stages):
+    for place, stage in pipeline.placed_stages():
         if stage.train.optimizer in _GPU_OPTIMIZERS and not has_gpu():
             message = f"{stage.train.optimizer} pages GPU memory, and there is no GPU here; use adamw_8bit or adamw"
-            found.append((("stages", number, "train", "optimizer"), message))
+            found.append(((*place, "train", "optimizer"), message))
     if found:
         raise InvalidInput("\n".join(message for _, message in found))
 
@@ -224,7 +241,7 @@ def check_base(pipeline: Pipeline, step: Step) -> None:
         return
     layout = read_layout(artifact.model)
     template = has_chat_template(artifact.model)
-    for stage in pipeline.stages:
+    for _, stage in pipeline.placed_stages():
         for where, message in stage_problems(stage, layout):
             raise InvalidInput(f"stage {stage.name}: {where[1]}: {message}")
         if stage.needs_chat_template and not template:

@@ -81,7 +81,7 @@ def stage_counts(plan: Plan, *, compute: bool = True) -> dict[str, Count]:
     found = {name: Count(**kept[key]) for name, key in keys.items() if key in kept}
     wanted = sorted(set(keys) - set(found))
     if wanted and compute:
-        made, lasting = _in_a_child(plan.pipeline, plan.folder, base, wanted)
+        made, lasting = _in_a_child(plan.chosen, plan.folder, base, wanted)
         found |= made
         if lasting:
             with suppress(OSError):  # a cache: what cannot be kept is counted again

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -40,8 +40,10 @@ class Verdict:
     """The difference is at most this, as sure as that."""
     required: float | None = None
     """The difference that is just good enough."""
+    margin: float | None = None
+    """How far the value is beyond what is just good enough, in the metric's unit; below 0 it falls short."""
     confidence: float | None = None
-    """None where the value alone is judged."""
+    """None where the value alone is judged. Among several attempts it is more than the gate says: see `shared`."""
     n: int | None = None
     enough: int | None = None
     """Examples that would decide what is undecided; None where no number would."""
@@ -84,9 +86,39 @@ _resampled = lru_cache(maxsize=256)(resampled)
 """One command judges a gate several times: to plan, to record the verdict, to show it."""
 
 
-def judge(gates: tuple[GateSpec, ...], measured: Measured) -> list[Verdict]:
-    """One verdict per gate, in the order of the spec."""
-    return [_verdict(gate, measured) for gate in gates]
+def judge(gates: tuple[GateSpec, ...], measured: Measured, attempts: int = 1) -> list[Verdict]:
+    """One verdict per gate, in the order of the spec.
+
+    Args:
+        gates: the stage's.
+        measured: looks a measure up.
+        attempts: at the stage that are planned; each gate's doubt is shared by them.
+    """
+    verdicts = []
+    for gate in gates:
+        verdict = _verdict(shared(gate, attempts), measured)
+        if attempts > 1 and gate.confidence is not None:
+            said = f"{verdict.reason}; {attempts} attempts share the doubt of {100 * gate.confidence:.4g}%"
+            verdict = replace(verdict, reason=said)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def shared(gate: GateSpec, attempts: int) -> GateSpec:
+    """The gate as each of several attempts is judged by it: 1 - confidence is divided by their number (Bonferroni).
+
+    Whichever attempt is taken, and however often was tried: that any of them passes wrongly happens no more often than
+    the confidence allows a single one.
+    """
+    if gate.confidence is None or attempts == 1:
+        return gate
+    return gate.model_copy(update={"confidence": 1 - (1 - gate.confidence) / attempts})
+
+
+def preference(verdicts: Sequence[Verdict]) -> tuple[int, float]:
+    """What attempts at a stage are ordered by, the best being largest: gates passed, then the first one's margin."""
+    margin = verdicts[0].margin if verdicts else None
+    return sum(one.passed for one in verdicts), -math.inf if margin is None else margin
 
 
 def _verdict(gate: GateSpec, measured: Measured) -> Verdict:
@@ -212,6 +244,7 @@ def _stated(gate: GateSpec, claim: _Claim, interval: Interval | None, outcome: O
         low=_short(low),
         high=_short(high),
         required=_short(claim.sign * claim.needed),
+        margin=_short(claim.gain - claim.needed),
         confidence=gate.confidence,
         n=claim.ours.n,
         enough=enough,
@@ -226,7 +259,7 @@ def _short(number: float) -> float | None:
 def _reason(
     gate: GateSpec, claim: _Claim, ends: tuple[float, float], outcome: Outcome, enough: int | None
 ) -> list[str]:
-    ours, sure = claim.ours, f"at {100 * (gate.confidence or CONFIDENCE):g}%"
+    ours, sure = claim.ours, f"at {100 * (gate.confidence or CONFIDENCE):.4g}%"
     over = f"over {ours.n:,} example{'' if ours.n == 1 else 's'}"
     if claim.theirs is None:
         rule = f"at {'least' if claim.sign > 0 else 'most'} {claim.reference:g}"

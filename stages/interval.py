@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 RESAMPLES = 4999
 """Of the bootstrap. (RESAMPLES + 1) x 5% is a whole number, so that the 95% bound is one of the resamples."""
+LEAST_DOUBT = 1 / (RESAMPLES + 1)
+"""1 - confidence below which the bound would lie beyond every resample."""
 SEED = 17
 BLOCKS = 1000
 """Examples beyond this are summed in so many blocks, and blocks are resampled: as valid, and of bounded cost."""

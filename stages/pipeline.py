@@ -12,6 +12,7 @@ from specs.pipeline import Location, PipelineSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
 from stages.ift import Ift
+from stages.interval import LEAST_DOUBT
 from stages.metrics.harness import is_task_file
 
 Stage = Annotated[Cpt | Ift | Dpo, Field(discriminator="kind")]
@@ -23,23 +24,22 @@ class Pipeline(PipelineSpec[Stage]):
 
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts, and what a stage asks of a method that cannot do it."""
-        return [*super().problems(), *self._methods()]
+        return [*super().problems(), *self._methods(), *self._doubts()]
 
     @property
     def is_offline(self) -> bool:
         """Whether nothing in the spec is on the Hugging Face hub, so that no process of it has to reach the network."""
         metrics = list(self.metrics.values())
-        sources = [source for stage in self.stages for source in stage.data]
+        sources = [source for _, stage in self.placed_stages() for source in stage.data]
         sources += [metric.data for metric in metrics if metric.kind != "lm_eval"]
         tasks = [metric.task for metric in metrics if metric.kind == "lm_eval"]
         named = any(source.hub is not None for source in sources) or not all(map(is_task_file, tasks))
         return self.model.hub is None and not named
 
     def _methods(self) -> Iterator[tuple[Location, str]]:
-        for number, stage in enumerate(self.stages):
-            place: Location = ("stages", number)
+        for place, stage in self.placed_stages():
             method, train = stage.method, stage.train
-            if not method.mergeable and stage is not self.stages[-1]:
+            if not method.mergeable and place[1] != len(self.stages) - 1:
                 yield (
                     (*place, "method", "kind"),
                     f"what method {method.kind} trains cannot be merged into a plain model, so no stage can follow: "
@@ -58,6 +58,20 @@ class Pipeline(PipelineSpec[Stage]):
                     (*place, "train", "gradient_checkpointing"),
                     f"method {method.kind} cannot recompute activations (its keys are put in front of each layer's); "
                     "remove gradient_checkpointing, or use prompt_tuning or bottleneck",
+                )
+
+    def _doubts(self) -> Iterator[tuple[Location, str]]:
+        """Gates that ask of each attempt for more confidence than resamples can tell."""
+        for number, stage in enumerate(self.stages):
+            attempts = 1 + len(stage.changes)
+            for gate_number, gate in enumerate(stage.gates):
+                if gate.confidence is None or (1 - gate.confidence) / attempts >= LEAST_DOUBT * (1 - 1e-9):
+                    continue
+                yield (
+                    ("stages", number, "gates", gate_number, "confidence"),
+                    f"{attempts} attempts share the doubt of {100 * gate.confidence:.4g}%, and each would be judged at "
+                    f"{100 - 100 * (1 - gate.confidence) / attempts:.4f}%, beyond what can be told from resamples "
+                    f"({100 - 100 * LEAST_DOUBT:.4g}%): plan fewer attempts, or lower the confidence",
                 )
 
 

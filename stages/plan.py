@@ -1,16 +1,18 @@
 """Which steps are published, which are stale and why, which are missing. Pure: reads, never writes a step."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
 from specs.metric import PreferenceSpec
-from specs.pipeline import BASE, PREVIOUS
+from specs.pipeline import BASE, PREVIOUS, Attempt
 from stages import checkpoint, evaluate
 from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short
 from stages.conditions import cut_up_otherwise
 from stages.evaluate import Evaluation
+from stages.gate import Verdict, judge, preference
 from stages.identity import (
     MEASURING_LIBRARIES,
     Digests,
@@ -22,6 +24,7 @@ from stages.identity import (
     work_key,
 )
 from stages.job import Job, Measurement
+from stages.measure import Measure
 from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 
@@ -44,6 +47,19 @@ class Step:
     """Why the step runs, or that it is kept."""
     damaged: Path | None
     measurements: tuple[Measurement, ...]
+    attempt: int = 1
+    """Which attempt at the stage this is, from 1."""
+    attempts: int = 1
+    """How many are planned, the first included."""
+    words: str = ""
+    """What differs from the stage as written."""
+
+    @property
+    def title(self) -> str:
+        """The name for people: `knowledge (attempt 2 of 3: learning_rate 1e-05)`."""
+        if self.attempts == 1:
+            return self.name
+        return f"{self.name} (attempt {self.attempt} of {self.attempts}: {self.words})"
 
     @property
     def key(self) -> str:
@@ -76,6 +92,19 @@ class Plan:
     folder: Path
     store: Path
     steps: tuple[Step, ...]
+    """Of a stage that may be tried several times, the attempt that the chain goes on with, or that is next."""
+    others: tuple[Step, ...] = ()
+    """The other attempts at these stages, published or not."""
+
+    @property
+    def named(self) -> tuple[Step, ...]:
+        """All that the spec names."""
+        return (*self.steps, *self.others)
+
+    @property
+    def chosen(self) -> Pipeline:
+        """The spec with each stage as the chain goes on with it."""
+        return self.pipeline.with_stages(step.stage for step in self.steps if step.stage is not None)
 
     @property
     def pending(self) -> tuple[Step, ...]:
@@ -90,12 +119,16 @@ class Plan:
             return self.steps[seen_from.order - 1] if seen_from.order else None
         return next((step for step in self.steps if step.name == where), None)
 
+    def verdicts(self, step: Step) -> list[Verdict]:
+        """What the gates of a step come to, from what is on the disk."""
+        return _verdicts(step, lambda where: self.step(where, step))
+
     def job(self, step: Step) -> Job:
         """What the process of ``step`` is told."""
         start = self.steps[step.order - 1] if step.order else None
         return Job(
             kind="base" if step.order == 0 else "stage" if step.stage is not None else "release",
-            pipeline=self.pipeline,
+            pipeline=self.pipeline.with_stages(self._up_to(step)),
             folder=str(self.folder),
             name=step.name,
             identity=step.identity,
@@ -105,6 +138,11 @@ class Plan:
             make=step.artifact is None,
             measurements=step.missing,
         )
+
+    def _up_to(self, step: Step) -> list[ObjectiveSpec]:
+        """The stages of the chain, with the attempt that ``step`` is in its place."""
+        steps = [step if one.order == step.order else one for one in self.steps]
+        return [one.stage for one in steps if one.stage is not None]
 
 
 def make_plan(
@@ -121,7 +159,7 @@ def make_plan(
         pipeline: the validated spec.
         folder: the spec's folder, from which its relative paths start.
         root: where artifacts are; the pipeline's are in a folder of its name.
-        forced_from: run this stage and all after it, published or not.
+        forced_from: run this stage and all after it, published or not; attempts that its gates refuse stay as they are.
         until: leave out the stages after this one, and the release.
 
     Raises:
@@ -130,17 +168,17 @@ def make_plan(
     store = root / pipeline.name
     digest = Digests(root / ".digests.json")
     planner = _Planner(pipeline, folder, store, digest, forced_from)
-    planner.add(BASE, None, base_identity(pipeline, folder, digest))
+    planner.add(BASE, base_identity(pipeline, folder, digest))
     for stage in pipeline.stages:
-        planner.add(stage.name, stage, stage_identity(pipeline, stage, planner.parent, folder, digest))
+        planner.add_stage(stage)
         if stage.name == until:
             break
     else:
         document = {"kind": RELEASE, "parent": planner.parent, "dtype": pipeline.model.dtype}
-        planner.add(RELEASE, None, document)
+        planner.add(RELEASE, document)
     if root.exists():
         digest.save()
-    return Plan(pipeline, folder, store, tuple(planner.steps))
+    return Plan(pipeline, folder, store, tuple(planner.steps), tuple(planner.others))
 
 
 class _Planner:
@@ -149,14 +187,85 @@ class _Planner:
         self.forced_from = forced_from
         self.forced = False
         self.steps: list[Step] = []
+        self.others: list[Step] = []
 
     @property
     def parent(self) -> str:
         return self.steps[-1].key
 
-    def add(self, name: str, stage: ObjectiveSpec | None, identity: dict[str, Any]) -> None:
-        key = fingerprint(identity)
+    def add(self, name: str, identity: dict[str, Any]) -> None:
+        """The base or the release."""
         self.forced = self.forced or name == self.forced_from
+        step = self._step(name, None, identity)
+        self.steps.append(self._made_anew(step) if self.forced else step)
+
+    def add_stage(self, stage: ObjectiveSpec) -> None:
+        """The stage, as the attempt that the chain goes on with."""
+        self.forced = self.forced or stage.name == self.forced_from
+        attempts = [self._attempt(one) for one in stage.attempts()]
+        passing, chosen = self._choice(attempts)
+        if self.forced:
+            again = {step.key for step in (*passing, chosen)}
+            attempts = [self._made_anew(step) if step.key in again else step for step in attempts]
+            chosen = next(step for step in attempts if step.key in again)
+        self.steps.append(chosen)
+        self.others += [step for step in attempts if step is not chosen]
+
+    def _choice(self, attempts: list[Step]) -> tuple[list[Step], Step]:
+        """The attempts that pass; and the best of them, or else the next to try, or else the best that was refused."""
+        if len(attempts) == 1:
+            return [], attempts[0]
+        found = {step.key: _verdicts(step, self._seen_from(step)) for step in attempts}
+        unknown = [step for step in attempts if self._is_unknown(step)]
+        passing = [step for step in attempts if step not in unknown and all(one.passed for one in found[step.key])]
+        if unknown and not passing:
+            return [], unknown[0]
+        return passing, max(passing or attempts, key=lambda step: preference(found[step.key]))
+
+    def _is_unknown(self, step: Step) -> bool:
+        """Whether an attempt cannot be judged yet: it, or what its gates compare it with, is not there or measured."""
+        if step.stage is None or step.artifact is None or step.missing:
+            return True
+        seen = self._seen_from(step)
+        compared = [(seen(gate.reference), gate.metric_name) for gate in step.stage.gates if gate.reference is not None]
+        return any(place is None or place.evaluation(metric) is None for place, metric in compared)
+
+    def _seen_from(self, step: Step) -> Callable[[str], Step | None]:
+        def seen(where: str) -> Step | None:
+            if where == "here":
+                return step
+            if where == PREVIOUS:
+                return self.steps[-1]
+            return next((one for one in self.steps if one.name == where), None)
+
+        return seen
+
+    def _attempt(self, attempt: Attempt[ObjectiveSpec]) -> Step:
+        stage = attempt.stage
+        step = self._step(
+            stage.name, stage, stage_identity(self.pipeline, stage, self.parent, self.folder, self.digest)
+        )
+        step = replace(step, attempt=attempt.number, attempts=attempt.of, words=attempt.words)
+        if attempt.number > 1 and step.artifact is None and step.damaged is None:
+            step = replace(
+                step, reason=f"attempt {attempt.number} of {attempt.of}: {attempt.words}{self._resumes(step)}"
+            )
+        return step
+
+    def _made_anew(self, step: Step) -> Step:
+        if step.artifact is None:
+            return step
+        reason = f"forced by --from {self.forced_from}" + self._resumes(step)
+        return replace(
+            step,
+            artifact=None,
+            damaged=step.artifact.path,
+            reason=reason,
+            measurements=self._measurements(step.name, step.target, step.key),
+        )
+
+    def _step(self, name: str, stage: ObjectiveSpec | None, identity: dict[str, Any]) -> Step:
+        key = fingerprint(identity)
         order = len(self.steps)
         target = self.store / f"{order:02d}-{name}-{short(key)}"
         artifact = find(self.store, key)
@@ -165,8 +274,6 @@ class _Planner:
             damaged, artifact, reason = artifact.path, None, "the base folder is elsewhere now"
         elif artifact is not None and (found := damage(artifact, self.digest)):
             damaged, artifact, reason = artifact.path, None, f"damaged since it was published: {found[0]}"
-        elif self.forced and artifact is not None:
-            damaged, artifact, reason = artifact.path, None, f"forced by --from {self.forced_from}"
         elif artifact is not None:
             reason = "published"
         elif target.exists():
@@ -175,12 +282,18 @@ class _Planner:
             reason = self._why(name, identity)
         place = target if artifact is None else artifact.path
         work = self.store / WORK / work_key(identity)
-        if artifact is None and (newest := checkpoint.newest_sealed(work / "checkpoints")) is not None:
-            reason += f"; resumes at step {checkpoint.step_of(newest)}"
-            if stage is not None and (changed := cut_up_otherwise(newest, stage)):
-                reason += f" ({changed}: equal within rounding, not bit for bit)"
         measurements = () if name == RELEASE else self._measurements(name, place, key)
-        self.steps.append(Step(order, name, stage, identity, target, work, artifact, reason, damaged, measurements))
+        step = Step(order, name, stage, identity, target, work, artifact, reason, damaged, measurements)
+        return replace(step, reason=reason + self._resumes(step)) if artifact is None else step
+
+    def _resumes(self, step: Step) -> str:
+        """Where a step goes on that was begun."""
+        newest = checkpoint.newest_sealed(step.work / "checkpoints")
+        if newest is None:
+            return ""
+        changed = None if step.stage is None else cut_up_otherwise(newest, step.stage)
+        apart = f" ({changed}: equal within rounding, not bit for bit)" if changed else ""
+        return f"; resumes at step {checkpoint.step_of(newest)}{apart}"
 
     def _moved(self, artifact: Artifact) -> bool:
         """Whether a base that refers to a folder refers to another one than the spec names now."""
@@ -227,3 +340,19 @@ class _Planner:
         if not self.steps:
             return None
         return next(one.file for one in self.steps[-1].measurements if one.metric == metric)
+
+
+def _verdicts(step: Step, seen: Callable[[str], Step | None]) -> list[Verdict]:
+    """What the gates of a step come to.
+
+    Args:
+        step: a stage, made and measured.
+        seen: which step a gate means by `here`, `previous`, `base` or a stage's name.
+    """
+
+    def measured(where: str, metric: str, measure: str | None) -> Measure | None:
+        place = seen(where)
+        evaluation = None if place is None else place.evaluation(metric)
+        return None if evaluation is None else evaluation.measure(measure)
+
+    return judge(() if step.stage is None else step.stage.gates, measured, step.attempts)

@@ -131,7 +131,7 @@ def remember(plan: Plan, spec: Path) -> None:
     The spec is named by its way from the store: a project that is moved as a whole still finds it.
     """
     way = relpath(spec.resolve(), plan.store)
-    steps = {step.name: _Named(identity=step.key, work=step.work.name) for step in plan.steps}
+    steps = {_called(step): _Named(identity=step.key, work=step.work.name) for step in plan.named}
     document = _Current(spec=way, steps=steps).model_dump()
     file = plan.store / CURRENT / f"{fingerprint(way)[:16]}.json"
     try:
@@ -140,6 +140,11 @@ def remember(plan: Plan, spec: Path) -> None:
     except InvalidInput:
         pass  # the first run, or a broken file, which is written anew
     write_json(file, document)
+
+
+def _called(step: Step) -> str:
+    """A step's name in the record of a run; the first attempt at a stage has the stage's."""
+    return step.name if step.attempt == 1 else f"{step.name}, attempt {step.attempt}"
 
 
 def current(store: Path) -> Current:
@@ -172,7 +177,7 @@ def _steps_now(spec: Path, store: Path) -> tuple[Step, ...]:
         plan = make_plan(pipeline, spec.parent, store.parent)
     except (SpecError, TriviumError, OSError):
         return ()
-    return plan.steps if plan.store == store else ()
+    return plan.named if plan.store == store else ()
 
 
 def work_of(artifact: Artifact) -> str:

@@ -57,7 +57,7 @@ stages:
     data: [{{path: data/pairs.jsonl}}]
     train: {{learning_rate: 1e-6, max_steps: 12, loss: robust, label_smoothing: 0.1}}
     gates: [{{metric: pairs, at_least: 0.6}}]
-    on_gate_failure: warn
+    on_gate_failure: {{retry: [{{train: {{learning_rate: x0.5}}}}], then: warn}}
   - name: polish
     kind: ift
     method: {{kind: full}}

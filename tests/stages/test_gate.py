@@ -425,6 +425,7 @@ def test_a_verdict_is_kept_as_plain_json():
         "low": 0.0471966,
         "high": 0.252803,
         "required": 0.0,
+        "margin": 0.15,
         "confidence": 0.95,
         "n": 100,
         "enough": None,
