@@ -144,6 +144,39 @@ def test_an_edited_gate_is_judged_again_without_training(
     assert identities(spec) == before
 
 
+def test_a_refused_stage_is_made_again_with_a_change_and_prefect_shows_both_attempts(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    spec, _ = finished
+    before = identities(spec)
+    tried = spec.with_name("tried.yaml")
+    retry = "by: 4%, confidence: null}]\n    on_gate_failure: {retry: [train: {max_steps: x3}, seed: 4]}"
+    tried.write_text(tiny.SPEC.replace("by: 1%}]", retry))
+    done = run(tried, "--until", "knowledge")
+    assert done.returncode == 0, done.stderr
+    first, second = "knowledge (attempt 1 of 3: as written)", "knowledge (attempt 2 of 3: max_steps 36)"
+    assert f"run      1 {second} (cpt, spectrum): attempt 2 of 3: max_steps 36" in done.stdout
+    assert "attempt 1 of 3 (as written): refused by its gates" in done.stdout
+    assert "attempt 3 of 3 (seed 4): only if the gates refuse those before it" in done.stdout
+    assert f"gate failed {first}: domain" in done.stdout
+    assert f"gate passed {second}: domain" in done.stdout
+    assert f"{second}: train" in done.stderr
+    database = spec.parent / "artifacts/.prefect/prefect.db"
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        flows = dict(connection.execute("select name, state_name from flow_run").fetchall())
+        kept = dict(connection.execute("select key, type from artifact where key is not null").fetchall())
+    assert (flows[second], flows["run: " + str(tried)]) == ("Passed", "Passed")
+    assert kept["tiny-knowledge-attempt-2-gates"] == "table"
+    assert len(list(spec.parent.glob("artifacts/tiny/01-knowledge-*"))) == 2
+    harder = tried.with_name("harder.yaml")
+    harder.write_text(tried.read_text().replace("by: 4%", "by: 90%").replace(", seed: 4", ""))
+    refused = run(harder, "--no-prefect", "--until", "knowledge")
+    assert refused.returncode == 3
+    best = "stage knowledge (attempt 2 of 2: max_steps 36): all 2 attempts were refused, and this is the best: 1 of 1"
+    assert best in refused.stderr
+    assert identities(spec).keys() == before.keys()
+
+
 def test_an_edited_stage_reruns_with_those_after_it(tmp_path: Path) -> None:
     spec = tiny.write_project(tmp_path)
     assert run(spec, "--no-prefect", "--until", "answers").returncode == 0

@@ -3,19 +3,24 @@
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from unread import Project, make_project
 
-from flows.engine import Run, is_done, remember_plan
+from flows import engine
+from flows.engine import Outcome, Plain, Run, is_done, remember_plan, run_chain
 from specs.gate import GateSpec
-from stages import evaluate
+from stages import checkpoint, evaluate
 from stages.artifact import VERDICT, publish
+from stages.documents import read_sealed
+from stages.errors import GateRefused
 from stages.garbage import find_garbage
 from stages.gate import judge
 from stages.measure import Measure, ratio
 from stages.plan import Plan, Step
+from stages.store import current
 
 SPEC = """\
 name: tiny
@@ -174,6 +179,15 @@ def test_an_attempt_that_was_begun_goes_on_before_any_other(project):
     assert (again.attempt, [one.metric for one in again.missing]) == (2, ["domain"])
 
 
+def test_an_attempt_that_was_interrupted_resumes(project):
+    try_all(project, BAD)
+    folder = knowledge(project).work / "checkpoints/checkpoint-7"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half-way")
+    checkpoint.seal(folder)
+    assert knowledge(project).reason == "attempt 2 of 3: learning_rate 0.0025; resumes at step 7"
+
+
 def test_no_attempt_is_judged_while_what_it_is_compared_with_is_not_measured(project):
     try_all(project, BAD)
     base = project.plan().steps[0]
@@ -241,11 +255,86 @@ def test_all_is_done_once_the_chosen_attempt_is_judged(project):
         put(project, project.plan().steps[number], GOOD)
     plan = project.plan()
     assert not is_done(plan)
-    from flows import engine
-
     engine._judge(plan, plan.steps[1])
     assert is_done(project.plan())
     assert not (attempt(plan, 1).place / VERDICT).exists()  # none was judged here, and none is asked for
+
+
+def chain(project: Project) -> list[Outcome]:
+    return run_chain(Run(project.folder / "spec.yaml", project.root), Plain())
+
+
+@pytest.fixture
+def only_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base only looks like a model, so nothing is held against it."""
+    monkeypatch.setattr(engine, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(engine, "check_base", lambda *_: None)
+
+
+@pytest.mark.usefixtures("only_files")
+def test_where_all_attempts_are_refused_the_run_ends_with_the_best_of_them(project):
+    try_all(project, 2.0, 1.5, 3.0)
+    with pytest.raises(GateRefused) as caught:
+        chain(project)
+    assert str(caught.value) == (
+        "stage knowledge (attempt 2 of 3: learning_rate 0.0025): all 3 attempts were refused, and this is the best: "
+        "1 of 2 gates failed: domain 1.5 is not at most 1; the value alone was judged"
+    )
+    assert read_sealed(knowledge(project).place / VERDICT)["passed"] is False
+
+
+@pytest.mark.usefixtures("only_files")
+def test_or_goes_on_with_it_where_then_says_warn(project):
+    try_all(project, 2.0, 1.5, 3.0)
+    project.edit(("then: stop", "then: warn"))
+    for number in (2, 3):
+        put(project, project.plan().steps[number], GOOD)
+    outcomes = chain(project)
+    assert [(one.step.name, one.step.attempt, one.settled) for one in outcomes] == [
+        ("base", 1, True),
+        ("knowledge", 2, True),
+        ("answers", 1, True),
+        ("release", 1, True),
+    ]
+    assert not outcomes[1].passed
+
+
+@pytest.mark.usefixtures("only_files")
+def test_a_run_tries_one_attempt_after_the_other_and_goes_back_to_the_best(project, monkeypatch):
+    values = iter((1.5, 2.0, 3.0))
+    monkeypatch.setattr(engine, "_work", lambda plan, step, _: put(project, step, next(values)))
+    seen: list[Outcome] = []
+
+    class Watching(Plain):
+        def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
+            seen.append(body())
+            return seen[-1]
+
+    with pytest.raises(GateRefused, match="attempt 1 of 3"):
+        run_chain(Run(project.folder / "spec.yaml", project.root), Watching())
+    assert [(one.step.attempt, one.kept, one.settled) for one in seen] == [
+        (1, True, True),  # the base
+        (1, False, False),
+        (2, False, False),
+        (3, False, False),
+        (1, True, True),
+    ]
+    assert all((attempt(project.plan(), number).place / VERDICT).is_file() for number in (1, 2, 3))
+    assert {step.key for step in project.plan().named} <= set(current(project.plan().store).works)
+
+
+@pytest.mark.usefixtures("only_files")
+def test_what_is_damaged_below_an_attempt_that_became_next_is_set_aside(project, monkeypatch):
+    try_all(project, BAD)
+    put(project, knowledge(project), GOOD)
+    after = project.plan().steps[2].target
+    after.mkdir()  # of a crash: no manifest
+    shutil.rmtree(knowledge(project).place)
+    shutil.rmtree(attempt(project.plan(), 1).place)
+    values = iter((BAD, GOOD, GOOD, GOOD))
+    monkeypatch.setattr(engine, "_work", lambda plan, step, _: put(project, step, next(values)))
+    chain(project)
+    assert (project.plan().store / ".set-aside" / f"{after.name}.1").is_dir()
 
 
 # How often trying often buys a pass
