@@ -64,6 +64,25 @@ def test_sources_are_changed_by_their_path_or_replaced(tmp_path):
     assert other.words == "other data"
 
 
+def test_more_replay_is_a_multiple_of_its_share(tmp_path):
+    spec = tmp_path / "spec.yaml"
+    load(tmp_path, "seed: 4")
+    spec.write_text(
+        spec.read_text()
+        .replace("[{path: data/corpus.jsonl}]", "[{path: data/corpus.jsonl}, {path: data/heldout.jsonl, share: 0.1}]")
+        .replace(
+            "- seed: 4", "- data: {data/heldout.jsonl: {share: x2}}\n        - data: {data/heldout.jsonl: {share: x10}}"
+        )
+    )
+    with pytest.raises(
+        SpecError, match=r"retry\[1\].data\['data/heldout.jsonl'\].share: expected a number less than 1"
+    ):
+        load_pipeline(spec)
+    spec.write_text(spec.read_text().replace("x10", "x3"))
+    words = [one.words for one in load_pipeline(spec)[0].stages[0].attempts()]
+    assert words == ["as written", "share 0.2 of data/heldout.jsonl", "share 0.3 of data/heldout.jsonl"]
+
+
 def test_changes_are_made_to_the_stage_as_written_and_do_not_add_up(tmp_path):
     stage = load(tmp_path, "train: {learning_rate: x0.5}\ntrain: {weight_decay: 0.1}\nseed: 4").stages[0]
     rates = [(one.stage.train.learning_rate, one.stage.train.weight_decay, one.stage.seed) for one in stage.attempts()]
