@@ -68,6 +68,23 @@ def plan(spec: SpecFile, *, root: Root = None) -> None:
     _explain(Run(spec, root_of(spec, root)))
 
 
+@app.command
+def data(spec: SpecFile, *, stage: str | None = None, root: Root = None) -> None:
+    """Print what each stage would train on, without training: masks, duplicates, overlap with what metrics measure on.
+
+    Ends with 2 where a run would refuse the data.
+
+    Args:
+        spec: The spec file.
+        stage: This stage only.
+        root: Folder of the artifacts; `artifacts` beside the spec by default.
+    """
+    from flows.data import print_data
+    from flows.engine import Run
+
+    print_data(Run(spec.absolute(), root_of(spec, root)), stage)
+
+
 def _explain(asked: "Run", *, starting: bool = False) -> "Plan":
     """Check a spec, print its plan and what is advised against, and return the plan.
 
