@@ -1,5 +1,6 @@
-"""Sources of rows as a spec names them, read and refused."""
+"""Sources of rows as a spec names them, read and refused; texts to fill them with."""
 
+import random
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +15,12 @@ from stages.rows import text_row
 
 def source(path: str, **fields) -> DataSpec:
     return DataSpec.model_validate({"path": path} | fields)
+
+
+def words(seed: int, count: int = 40) -> str:
+    """Words that no other seed has in this order."""
+    pick = random.Random(seed)
+    return " ".join(f"w{pick.randrange(5000)}" for _ in range(count))
 
 
 def texts(found) -> list[str]:

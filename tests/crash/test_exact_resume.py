@@ -22,6 +22,7 @@ COMMON = f"max_steps: {STEPS}, batch_size: 4, micro_batch_size: 2, checkpoint_ev
 OBJECTIVES = {
     "cpt": ("data/corpus.jsonl, weight: 0.6", "sequence_length: 48"),
     "cpt wrapped": ("data/corpus.jsonl, weight: 0.6", "sequence_length: 48, packing: wrapped"),
+    "cpt share": ("data/corpus.jsonl, weight: 0.4}, {path: data/heldout.jsonl, share: 0.3", "sequence_length: 48"),
     "ift": ("data/instructions.jsonl, weight: 0.3", "sequence_length: 128"),
     "dpo": ("data/pairs.jsonl, weight: 0.25", "sequence_length: 64"),
 }
@@ -43,7 +44,8 @@ SETTINGS = {
     "unpacked": ("ift", "lora", "packing: false"),
 }
 CASES = [(objective, method, "weight_decay: 0.1") for objective in OBJECTIVES for method in METHODS]
-CASES = [case for case in CASES if case[0] != "cpt wrapped" or case[1] in {"full", "lora"}] + list(SETTINGS.values())
+FEW = {"cpt wrapped": {"full", "lora"}, "cpt share": {"lora"}}
+CASES = [case for case in CASES if case[1] in FEW.get(case[0], METHODS)] + list(SETTINGS.values())
 AFTER_THE_LAST_STEP = [(*case, "max_grad_norm: 0.5") for case in (("cpt", "svf"), ("ift", "qlora"), ("dpo", "full"))]
 
 

@@ -5,30 +5,30 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from one_stage import only_job, write_spec
+from pydantic import TypeAdapter
+from row_reading import words
 from tiny import sentences, write_rows
 
 from specs.data import DataLimits, exceeds
-from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import PerplexitySpec
 from stages import data_report, run
 from stages.data_limits import refusals, summary, warnings
 from stages.data_report import DATA_REPORT, Material, kept_or_made, make_report
-from stages.duplicates import THRESHOLD, duplicates
 from stages.errors import InvalidInput
 from stages.mixing import mixed
 from stages.model import load_tokenizer
-from stages.overlap import overlaps
 from stages.pipeline import Stage
-from stages.words import words_of
+
+pytestmark = pytest.mark.model
 
 SOURCE = {"path": "data/a.jsonl"}
 CHAT = {"role": "user", "content": "say it"}
 
 
-def text(seed: int, words: int = 40) -> str:
-    """Words that no other seed has in this order."""
-    pick = random.Random(seed)
-    return " ".join(f"w{pick.randrange(5000)}" for _ in range(words))
+def perplexity(path: str) -> PerplexitySpec:
+    return PerplexitySpec.model_validate({"kind": "perplexity", "data": {"path": path}})
 
 
 def chat(answer: str) -> dict:
@@ -53,8 +53,6 @@ def report_of(tmp_path, tokenizer):
 
 
 def material(folder: Path, files, tokenizer, kind="cpt", train=None, metrics=None, **stage) -> Material:
-    from pydantic import TypeAdapter
-
     sources = stage.pop("data", None) or [{"path": name} for name in files]
     document = {"name": "it", "kind": kind, "method": {"kind": "full"}, "data": sources}
     document["train"] = {"learning_rate": 1e-3, "max_steps": 1, "sequence_length": 64} | (train or {})
@@ -64,74 +62,9 @@ def material(folder: Path, files, tokenizer, kind="cpt", train=None, metrics=Non
     return Material(spec, metrics or {}, folder, mixture, dataset, masks, tokenizer)
 
 
-# Words
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"text": "The CAT, sat_on: a mat!"}, ["the", "cat", "sat", "on", "a", "mat"]),
-        ({"text": "Ünïcode ﬁne Ⅳ"}, ["ünïcode", "fine", "iv"]),
-        ({"text": "猫が好き cat"}, ["猫", "が", "好", "き", "cat"]),
-        ({"text": "한국어 문장"}, ["한국어", "문장"]),
-        ({"messages": [{"role": "assistant", "content": "Hi there"}], "n": 3}, ["hi", "there"]),
-        ({"text": "?! …"}, []),
-    ],
-)
-def test_words_are_what_is_left_without_case_and_punctuation(row, words):
-    assert words_of(row) == words
-
-
-# Duplicates
-
-
-def test_the_same_row_is_found_as_the_first_one_with_it():
-    rows = [{"text": text(n)} for n in (1, 2, 1, 3, 2, 1)]
-    found = duplicates(rows)
-    assert [(one.row, one.of, one.exact) for one in found.found] == [(2, 0, True), (4, 1, True), (5, 0, True)]
-    assert found.searched == 6
-
-
-def test_rows_that_differ_in_case_and_punctuation_are_near_and_not_exact():
-    (one,) = duplicates([{"text": "A cat sat there."}, {"text": "a cat, sat THERE"}, {"text": "a dog"}]).found
-    assert (one.row, one.of, one.similarity, one.exact) == (1, 0, 1.0, False)
-
-
-def similarity(left: str, right: str) -> float:
-    one, other = ({tuple(words[n : n + 5]) for n in range(len(words) - 4)} for words in (left.split(), right.split()))
-    return len(one & other) / len(one | other)
-
-
-def test_near_duplicates_are_those_of_a_jaccard_similarity_above_the_threshold():
-    rows, wanted, apart = [], set(), set()
-    for seed in range(120):
-        original = text(seed, 200)
-        words = original.split()
-        for place in random.Random(seed).sample(range(200), seed % 12):
-            words[place] = "changed"
-        rows += [{"text": original}, {"text": " ".join(words)}]
-        alike = similarity(original, " ".join(words))
-        if alike >= THRESHOLD + 0.08:
-            wanted.add(2 * seed + 1)
-        elif alike < THRESHOLD - 0.12:
-            apart.add(2 * seed + 1)
-    found = {one.row for one in duplicates(rows).found}
-    assert min(len(wanted), len(apart)) >= 30
-    assert wanted <= found
-    assert not found & apart
-    assert found <= {2 * seed + 1 for seed in range(120)}
-
-
-def test_beyond_a_bound_an_even_selection_is_searched_for_near_ones_and_all_for_exact_ones(monkeypatch):
-    monkeypatch.setattr("stages.duplicates.MOST_ROWS", 10)
-    found = duplicates([{"text": text(n % 15)} for n in range(30)])
-    assert [one.of for one in found.found] == list(range(15))
-    assert found.searched == 5 + 15
-
-
 def test_where_the_earlier_row_stands_is_told_within_and_across_sources(report_of):
-    once, again = [{"text": text(n)} for n in range(4)], [{"text": text(n)} for n in (9, 2, 9, 8)]
-    report = report_of({"data/a.jsonl": once, "data/b.jsonl": [*again, {"text": text(1).upper()}]})
+    once, again = [{"text": words(n)} for n in range(4)], [{"text": words(n)} for n in (9, 2, 9, 8)]
+    report = report_of({"data/a.jsonl": once, "data/b.jsonl": [*again, {"text": words(1).upper()}]})
     kinds = {"exact_within": 1, "exact_across": 1, "near_within": 0, "near_across": 1}
     assert [one["duplicates"] for one in report["sources"]] == [dict.fromkeys(kinds, 0), kinds]
     assert report["total"]["duplicates"] == kinds
@@ -144,7 +77,7 @@ def test_where_the_earlier_row_stands_is_told_within_and_across_sources(report_o
 
 
 def test_a_row_that_its_weight_uses_twice_is_no_duplicate(report_of):
-    report = report_of({"data/a.jsonl": [{"text": text(n)} for n in range(5)]}, data=[SOURCE | {"weight": 2}])
+    report = report_of({"data/a.jsonl": [{"text": words(n)} for n in range(5)]}, data=[SOURCE | {"weight": 2}])
     (one,) = report["sources"]
     assert (one["rows"], one["rows_per_pass"], one["weight"], report["duplicates"]["rows"]) == (5, 10, 2.0, 0)
     assert one["tokens_per_pass"] == 2 * 5 * one["lengths"]["mean"]
@@ -170,7 +103,7 @@ def test_rows_cut_dropped_and_left_out_are_counted_with_their_places(report_of, 
 
 
 def test_lengths_are_quantiles_of_the_tokens_of_whole_rows(report_of, tokenizer):
-    rows = [{"text": text(n, n)} for n in range(1, 102)]
+    rows = [{"text": words(n, n)} for n in range(1, 102)]
     report = report_of({"data/a.jsonl": rows})
     lengths = sorted(len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows)
     found = report["sources"][0]["lengths"]
@@ -194,8 +127,8 @@ def test_samples_show_what_is_learned_of_a_row_of_each_source(report_of):
 
 def test_wanted_and_reached_shares_are_in_the_report(report_of):
     files = {
-        "data/a.jsonl": [{"text": text(n, 30)} for n in range(60)],
-        "data/b.jsonl": [{"text": text(900 + n, 3)} for n in range(400)],
+        "data/a.jsonl": [{"text": words(n, 30)} for n in range(60)],
+        "data/b.jsonl": [{"text": words(900 + n, 3)} for n in range(400)],
     }
     report = report_of(files, data=[SOURCE, {"path": "data/b.jsonl", "share": 0.2}])
     domain, general = report["sources"]
@@ -206,9 +139,7 @@ def test_wanted_and_reached_shares_are_in_the_report(report_of):
 
 
 def test_the_same_rows_give_the_same_report_and_nothing_random_is_drawn(tmp_path, tokenizer):
-    import torch
-
-    write_rows(tmp_path / "data/a.jsonl", [{"text": text(n % 20)} for n in range(30)])
+    write_rows(tmp_path / "data/a.jsonl", [{"text": words(n % 20)} for n in range(30)])
     states = random.getstate(), torch.get_rng_state()
     first = make_report(material(tmp_path, ["data/a.jsonl"], tokenizer))
     assert make_report(material(tmp_path, ["data/a.jsonl"], tokenizer)) == first
@@ -216,71 +147,11 @@ def test_the_same_rows_give_the_same_report_and_nothing_random_is_drawn(tmp_path
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
-# Overlap
-
-
-def perplexity(path: str) -> PerplexitySpec:
-    return PerplexitySpec.model_validate({"kind": "perplexity", "data": {"path": path}})
-
-
-def test_an_example_overlaps_where_a_run_of_13_words_of_it_is_trained_on(tmp_path):
-    held = [text(n, 40) for n in range(5)]
-    words = held[1].split()
-    rows = [
-        {"text": f"before {' '.join(words[5:18]).upper().replace(' ', ', ')} after"},
-        {"text": " ".join(held[2].split()[5:17])},  # one word too few
-        {"text": held[3]},
-    ]
-    write_rows(tmp_path / "held.jsonl", [{"text": one} for one in held])
-    (found,) = overlaps({"domain": perplexity("held.jsonl")}, tmp_path, rows)
-    assert (found["examples"], found["judged"], found["overlapping"], found["contained"]) == (5, 5, 2, 1)
-    assert found["share"] == 0.4
-    assert [(one["at"], one["with"], one["part"]) for one in found["shown"]] == [
-        ("held.jsonl:2", 0, round(1 / 28, 3)),
-        ("held.jsonl:4", 2, 1.0),
-    ]
-    assert found["shown"][0]["words"] == " ".join(words[5:18])
-
-
-def test_short_examples_are_judged_by_runs_of_8_words_and_shorter_ones_not_at_all(tmp_path):
-    write_rows(tmp_path / "held.jsonl", [{"text": text(1, 9)}, {"text": text(2, 7)}, {"text": text(3, 9)}])
-    rows = [{"text": f"a {text(1, 9)}"}, {"text": text(2, 7)}]
-    (found,) = overlaps({"domain": perplexity("held.jsonl")}, tmp_path, rows)
-    assert (found["examples"], found["judged"], found["too_short"], found["overlapping"]) == (3, 2, 1, 1)
-
-
-def test_pairs_and_task_files_are_looked_at_too_and_what_cannot_be_is_told(tmp_path):
-    from tiny import TASK
-
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": text(1, 20), "chosen": "yes", "rejected": "no"}])
-    write_rows(tmp_path / "tasks/qa.jsonl", [{"question": text(n, 20), "choices": ["a"]} for n in (2, 3, 4)])
-    (tmp_path / "tasks/qa.yaml").write_text(TASK)
-    metrics = {
-        "pairs": PreferenceSpec.model_validate({"kind": "preference", "data": {"path": "pairs.jsonl"}}),
-        "qa": LmEvalSpec(kind="lm_eval", task="tasks/qa.yaml", limit=2),
-        "arc": LmEvalSpec(kind="lm_eval", task="arc_easy"),
-        "gone": perplexity("gone.jsonl"),
-    }
-    rows = [{"text": f"{text(1, 20)} {text(3, 20)} {text(4, 20)}"}]
-    pairs, qa, arc, gone = overlaps(metrics, tmp_path, rows)
-    assert (pairs["judged"], pairs["overlapping"]) == (1, 1)
-    assert (qa["examples"], qa["overlapping"], qa["shown"][0]["at"]) == (2, 1, "tasks/qa.jsonl:2")
-    assert arc["not_looked_at"] == "the rows of the installed task arc_easy are no files of the spec"
-    assert gone["not_looked_at"].endswith("gone.jsonl: no such file")
-
-
-def test_evaluation_sets_beyond_the_bound_are_counted_as_not_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.overlap.MOST_RUNS", 60)
-    write_rows(tmp_path / "held.jsonl", [{"text": text(n, 40)} for n in range(5)])
-    (found,) = overlaps({"domain": perplexity("held.jsonl")}, tmp_path, [{"text": text(0, 40)}])
-    assert (found["examples"], found["judged"], found["beyond"]) == (5, 2, 3)
-
-
 # What is refused
 
 
 def test_a_source_of_which_every_row_is_in_another_one_is_refused(report_of):
-    rows = [{"text": text(n)} for n in range(4)]
+    rows = [{"text": words(n)} for n in range(4)]
     report = report_of({"data/a.jsonl": rows, "data/b.jsonl": rows[1:3]})
     assert refusals(report, DataLimits()) == [
         "data/b.jsonl: every row is also in a source before it (data/b.jsonl:1 is data/a.jsonl:2): remove it, or set a "
@@ -313,8 +184,8 @@ def test_answers_whose_end_is_never_learned_are_refused(report_of):
     ],
 )
 def test_a_limit_refuses_what_is_beyond_it(limits, refused, report_of, tmp_path):
-    answers = [text(1, 8), text(2, 8), " ".join(sentences(30, 1)), text(1, 8)]
-    write_rows(tmp_path / "held.jsonl", [{"text": text(5)}, {"text": f"{answers[1]}"}])
+    answers = [words(1, 8), words(2, 8), " ".join(sentences(30, 1)), words(1, 8)]
+    write_rows(tmp_path / "held.jsonl", [{"text": words(5)}, {"text": f"{answers[1]}"}])
     report = report_of(
         {"data/a.jsonl": [chat(one) for one in answers]},
         kind="ift",
@@ -334,11 +205,11 @@ def test_a_limit_is_a_number_of_rows_or_an_exact_share():
 
 
 def test_what_is_remarkable_is_a_warning_and_the_rest_is_one_line(report_of, tmp_path):
-    write_rows(tmp_path / "held.jsonl", [{"text": text(1)}])
+    write_rows(tmp_path / "held.jsonl", [{"text": words(1)}])
     metrics = {"domain": perplexity("held.jsonl")}
-    quiet = report_of({"data/a.jsonl": [{"text": text(n)} for n in range(20, 40)]}, metrics=metrics)
+    quiet = report_of({"data/a.jsonl": [{"text": words(n)} for n in range(20, 40)]}, metrics=metrics)
     assert quiet["warnings"] == warnings(quiet) == []
-    loud = report_of({"data/a.jsonl": [{"text": text(n % 15)} for n in range(20)]}, metrics=metrics)
+    loud = report_of({"data/a.jsonl": [{"text": words(n % 15)} for n in range(20)]}, metrics=metrics)
     duplicate, overlap = loud["warnings"]
     assert duplicate.startswith("5 of 20 rows (25%) are, or nearly are, an earlier one (first: data/a.jsonl:16")
     assert overlap.startswith("1 of 1 examples of metric domain share a run of words with the training rows (first: ")
@@ -347,7 +218,7 @@ def test_what_is_remarkable_is_a_warning_and_the_rest_is_one_line(report_of, tmp
 
 
 def test_a_source_that_a_share_repeats_often_is_a_warning(report_of):
-    files = {"data/a.jsonl": [{"text": text(n)} for n in range(9)], "data/b.jsonl": [{"text": text(50)}]}
+    files = {"data/a.jsonl": [{"text": words(n)} for n in range(9)], "data/b.jsonl": [{"text": words(50)}]}
     report = report_of(files, data=[SOURCE, {"path": "data/b.jsonl", "share": 0.5}])
     assert "data/b.jsonl has 1 rows, and its share of 0.5 uses each 9 times a pass" in " ".join(report["warnings"])
 
@@ -356,8 +227,8 @@ def test_a_source_that_a_share_repeats_often_is_a_warning(report_of):
 
 
 def test_a_report_is_kept_for_a_resume_and_made_anew_for_other_inputs(tmp_path, tokenizer, monkeypatch):
-    write_rows(tmp_path / "data/a.jsonl", [{"text": text(n)} for n in range(9)])
-    write_rows(tmp_path / "held.jsonl", [{"text": text(1)}])
+    write_rows(tmp_path / "data/a.jsonl", [{"text": words(n)} for n in range(9)])
+    write_rows(tmp_path / "held.jsonl", [{"text": words(1)}])
     made = []
     make = data_report.make_report
     monkeypatch.setattr(data_report, "make_report", lambda given: made.append(1) or make(given))
@@ -368,16 +239,15 @@ def test_a_report_is_kept_for_a_resume_and_made_anew_for_other_inputs(tmp_path, 
     assert len(made) == 1
     kept_or_made(given, file, {"stage": 2})
     assert len(made) == 2
-    write_rows(tmp_path / "held.jsonl", [{"text": text(77)}])
+    write_rows(tmp_path / "held.jsonl", [{"text": words(77)}])
     assert kept_or_made(given, file, {"stage": 2})["overlap"]["sets"][0]["overlapping"] == 0
     file.write_text(file.read_text().replace('"overlapping": 0', '"overlapping": 1'))
     assert kept_or_made(given, file, {"stage": 2})["overlap"]["sets"][0]["overlapping"] == 0
     assert len(made) == 4
 
 
-@pytest.mark.model
 def test_a_stage_beyond_its_limits_is_refused_before_it_trains_and_trains_once_they_are_raised(tmp_path, base_model):
-    write_rows(tmp_path / "data/corpus.jsonl", [{"text": text(n % 6)} for n in range(9)])
+    write_rows(tmp_path / "data/corpus.jsonl", [{"text": words(n % 6)} for n in range(9)])
     (tmp_path / "base").symlink_to(base_model)
     limits = "kind: cpt\ndata_limits: {duplicates: LIMIT}\ndata: [{path: data/corpus.jsonl}]"
     job = only_job(write_spec(tmp_path, limits.replace("LIMIT", "10%")), tmp_path / "runs")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specs.base import fingerprint
 from stages.artifact import MANIFEST, MODEL, read
 from stages.conversation import end_of_text, turn_terminator
+from stages.data_report import DATA_REPORT
 from stages.errors import InvalidInput, StageFailed
 from stages.identity import MEASURING_LIBRARIES, TRAINING_LIBRARIES
 from stages.model import load_tokenizer
@@ -34,6 +35,17 @@ WITHOUT_METRICS = "\n".join(
 
 
 # What is recorded
+
+
+def test_the_report_is_in_the_artifact_and_sealed_by_its_manifest(chain):
+    for step in chain.steps[1:-1]:
+        report = json.loads((step.artifact.path / DATA_REPORT).read_text())
+        masks = step.artifact.manifest["record"]["masks"]
+        assert DATA_REPORT in step.artifact.manifest["files"]
+        assert report["stage"] == step.name
+        assert report["total"]["rows_per_pass"] == masks["rows"]
+        assert report["total"]["trained_tokens_per_pass"] == masks["trained_tokens"]
+        assert [one["metric"] for one in report["overlap"]["sets"]] == ["domain", "answers", "qa", "pairs"]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
