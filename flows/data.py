@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -149,7 +149,7 @@ def _print_overlap(overlap: Report) -> None:
     _table(("metric", "judged", "overlapping", "first"), rows)
 
 
-def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if not rows:
         return
     table = Table()
