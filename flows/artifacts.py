@@ -3,6 +3,7 @@
 import base64
 import contextvars
 import queue
+import re
 import threading
 import time
 from contextlib import suppress
@@ -20,11 +21,13 @@ from prefect.artifacts import (
 from flows.engine import Outcome
 from flows.process import Event
 from flows.summary import Summary
+from specs.printable import printable_line
 from stages.artifact import read
 from stages.plan import Step
 from stages.plots import LOSS, SPECTRUM
 
 SECONDS_BETWEEN_UPDATES = 2.0
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 _PICTURES = {LOSS: "training loss and learning rate", SPECTRUM: "which weight matrices Spectrum trained"}
 
 
@@ -105,10 +108,16 @@ def markdown(summary: Summary) -> str:
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
     parts.append(_table(summary.columns, summary.metrics))
     lines = [f"- **{verdict.outcome}** {stage}: {verdict.reason}" for stage, verdict in summary.verdicts]
+    lines += [f"- **decision** {stage}: {escaped(standing)}" for stage, standing in summary.decisions]
     parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
     if summary.release is not None:
         parts.append(f"Model: `{summary.release}`")
     return "\n\n".join(part for part in parts if part)
+
+
+def escaped(text: str) -> str:
+    """A text of others as one line of markdown that shows it as it is: no markup, no link, no HTML, no cell's end."""
+    return _PUNCTUATION.sub(r"\\\g<0>", printable_line(text))
 
 
 def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:

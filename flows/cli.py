@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from flows.approval import approve, reject
 from flows.model_commands import adapters, chat, combine, scan
 from flows.project import ARTIFACTS, DEFAULT_SPEC, Place, Root, SpecFile, root_of
 from stages.errors import InvalidInput, TriviumError, TryAgain
@@ -30,7 +31,7 @@ app = App(
 
 _unheard = False  # whether the Prefect server was gone when the run ended
 
-for command in (scan, chat, adapters, combine):
+for command in (approve, reject, scan, chat, adapters, combine):
     app.command(command)
 
 
@@ -139,12 +140,14 @@ def run(
     from flows.engine import Plain, Run, nothing_to_do, run_chain
     from flows.summary import summarise
     from flows.terminal import Watcher, print_summary
+    from stages.approval import questions
 
     asked = Run(spec.absolute(), root_of(spec, root), from_stage, until_stage)
     plan = _explain(asked, starting=True)
     try:
         if nothing_to_do(asked, plan):
-            print("Nothing changed: every step is published and every gate passes.")  # noqa: T201
+            passes = " and every gate passes" if not questions(plan) else ", and every gate passes or a person approved"
+            print(f"Nothing changed: every step is published{passes}.")  # noqa: T201
         else:
             with Watcher() as listen:
                 if prefect:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flows import process
+from stages.approval import Decision, decision_on, question_of, record_verdict, require_approval, verdict_record
 from stages.artifact import JOBS, MODEL, VERDICT, lock_file, read, set_aside
 from stages.check import check_base, check_inputs
-from stages.documents import read_sealed, write_sealed
+from stages.documents import read_sealed
 from stages.errors import GateRefused, InvalidInput
 from stages.faults import explain
 from stages.gate import Verdict
@@ -36,6 +37,8 @@ class Outcome:
     kept: bool
     """Nothing had to be made or measured."""
     verdicts: tuple[Verdict, ...]
+    decision: Decision | None = None
+    """What a person said to gates that refuse."""
     settled: bool = True
     """Whether the chain goes on from here, or ends; false where its gates refuse an attempt and another is next."""
 
@@ -47,6 +50,11 @@ class Outcome:
     @property
     def line(self) -> str:
         """One line for people."""
+        return self.gates_line if self.decision is None else f"{self.decision}; {self.gates_line}"
+
+    @property
+    def gates_line(self) -> str:
+        """What the gates came to, in one line."""
         if not self.verdicts:
             return "kept" if self.kept else "done"
         against = [verdict for verdict in self.verdicts if not verdict.passed]
@@ -156,7 +164,7 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     try:
         for number in range(len(plan.steps)):
             plan = _bring_up(run, plan, number, hooks, outcomes)
-            _stop_if_refused(outcomes[-1])
+            _stop_if_refused(run, outcomes[-1])
     finally:
         process.dismiss()
     if run.until_stage is None:
@@ -198,17 +206,21 @@ def _is_settled(run: Run, plan: Plan, outcome: Outcome) -> bool:
     return outcome.passed or run.plan(pipeline=plan.pipeline).steps[step.order].key == step.key
 
 
-def _stop_if_refused(outcome: Outcome) -> None:
-    """End the run where gates refuse a stage and the spec says stop.
+def _stop_if_refused(run: Run, outcome: Outcome) -> None:
+    """End the run where gates refuse a stage and the spec says stop, or a person does.
 
     Raises:
         GateRefused: they do.
+        AwaitingApproval: a person has to decide.
     """
     step = outcome.step
-    if step.stage is None or outcome.passed or step.stage.policy != "stop":
+    if step.stage is None or outcome.passed:
         return
     best = "" if step.attempts == 1 else f"all {step.attempts} attempts were refused, and this is the best: "
-    raise GateRefused(f"stage {step.title}: {best}{outcome.line}")
+    if (asked := question_of(step, outcome.verdicts)) is not None:
+        require_approval(asked, best + outcome.gates_line, run.spec)
+    elif step.stage.policy == "stop":
+        raise GateRefused(f"stage {step.title}: {best}{outcome.line}")
 
 
 def _set_aside(run: Run, plan: Plan, *, forced: bool = False) -> None:
@@ -275,7 +287,12 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
     verdicts: list[Verdict] = []
     if step.stage is not None and step.stage.gates:
         hooks.phase(step, "gate", lambda: verdicts.extend(_judge(plan, step)))
-    return Outcome(step, kept, tuple(verdicts))
+    return Outcome(step, kept, tuple(verdicts), _decided(step, verdicts))
+
+
+def _decided(step: Step, verdicts: list[Verdict]) -> Decision | None:
+    asked = question_of(step, verdicts)
+    return None if asked is None else decision_on(asked)
 
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
@@ -329,7 +346,8 @@ def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
 
 
 def is_done(plan: Plan) -> bool:
-    """Whether nothing is left to do: all is published and measured, each gate passes, and the kept verdict says so."""
+    """Whether nothing is left to do: all is published and measured, each gate passes or a person approved, and the verdict
+    that is kept says so."""
     return not plan.pending and all(_is_judged(step, verdicts_of(plan, step)) for step in plan.steps)
 
 
@@ -337,7 +355,9 @@ def _is_judged(step: Step, verdicts: list[Verdict]) -> bool:
     if not verdicts:
         return True
     try:
-        return all(one.passed for one in verdicts) and read_sealed(step.place / VERDICT) == _record(verdicts)
+        decision = _decided(step, verdicts)
+        accepted = all(one.passed for one in verdicts) or (decision is not None and decision.approved)
+        return accepted and read_sealed(step.place / VERDICT) == verdict_record(step, verdicts)
     except InvalidInput:
         return False
 
@@ -348,12 +368,8 @@ def remember_plan(run: Run, plan: Plan) -> None:
     remember(whole, run.spec)
 
 
-def _record(verdicts: list[Verdict]) -> dict[str, Any]:
-    return {"gates": [one.as_record() for one in verdicts], "passed": all(one.passed for one in verdicts)}
-
-
 def _judge(plan: Plan, step: Step) -> list[Verdict]:
     """Judge a step and keep the verdict beside its artifact."""
     verdicts = verdicts_of(plan, step)
-    write_sealed(step.place / VERDICT, _record(verdicts))
+    record_verdict(step, verdicts)
     return verdicts

@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -26,7 +26,7 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
-from flows import alive
+from flows import alive, suspension
 from flows.artifacts import Reporter, report_run, report_stage
 from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
@@ -34,7 +34,8 @@ from flows.server import ServerError, embedded_died
 from flows.summary import summarise
 from specs.load import SpecError
 from specs.secrets import redact
-from stages.errors import GateRefused, InvalidInput, StageFailed, StageSilent, TriviumError, TryAgain
+from stages.approval import PAST, question_of
+from stages.errors import AwaitingApproval, GateRefused, InvalidInput, StageFailed, StageSilent, TriviumError, TryAgain
 from stages.faults import explain
 from stages.log import redact_logging
 from stages.plan import Step
@@ -94,13 +95,17 @@ def pipeline(
     redact_logging()
     run = Run(Path(spec), Path(root), from_stage, until_stage)
     hooks = _PrefectHooks(_listener)
+    waiting: AwaitingApproval | None = None
     try:
         hooks.hold(run.root)
+        run = hooks.resumed(run)
         outcomes = run_chain(run, hooks)
     except (TriviumError, SpecError, OSError) as error:
         reason = explain(error) if isinstance(error, OSError) else error
         _endings.append(_Ending(reason))
-        return _failed(reason)
+        if not isinstance(reason, AwaitingApproval):
+            return _failed(reason)
+        waiting = reason
     except BaseException as error:  # interrupted, or a fault of ours: the terminal gets it, Prefect its traceback
         _endings.append(_Ending(error))
         raise
@@ -110,6 +115,9 @@ def pipeline(
         if not _endings[0].interrupted:
             hooks.report(run)
         hooks.close()
+    if waiting is not None:
+        hooks.suspend(run, waiting)
+        return _failed(waiting)
     kept = sum(outcome.kept for outcome in outcomes)
     return Completed(name="Passed", message=f"{len(outcomes)} steps, {kept} of them kept")
 
@@ -179,6 +187,18 @@ class _PrefectHooks:
             alive.mark_crashed(root)
         watch = self._watch_state if self._run.deployment_id is None else self._watch_runner
         threading.Thread(target=watch, args=(self._run.id,), daemon=True).start()
+
+    def resumed(self, run: Run) -> Run:
+        """The run as this process has it to do: one that a person let go on makes nothing anew that was forced."""
+        if self._run is None or not suspension.was_suspended(self._run):
+            return run
+        suspension.take_answers(run, self._run, get_run_logger().info)
+        return replace(run, from_stage=None)
+
+    def suspend(self, run: Run, waiting: AwaitingApproval) -> None:
+        """Let a run of a deployment wait in Prefect: this process ends. Others end by themselves."""
+        if self._run is not None:
+            suspension.suspend(run, self._run, waiting.question)
 
     def step(self, step: Step, body: Callable[[], Outcome]) -> Outcome:
         """One subflow, named after the stage; while the server is away, the work alone."""
@@ -333,6 +353,8 @@ def _shielded(
 
 def _failed(error: Exception) -> State[Any]:
     line = _line(error)
+    if isinstance(error, AwaitingApproval):  # neither a success nor a failure, and no process that goes on
+        return Cancelled(name="AwaitingApproval", message=line)
     if isinstance(error, TryAgain) and line.startswith("cancelled"):
         return Cancelled(message=line)
     if isinstance(error, StageSilent):
@@ -347,6 +369,11 @@ def _line(error: BaseException) -> str:
 
 
 def _state_of_step(outcome: Outcome) -> State[Any]:
+    if outcome.settled and question_of(outcome.step, outcome.verdicts) is not None:
+        if outcome.decision is None:
+            return Cancelled(name="AwaitingApproval", message=f"waits for a person: {outcome.line}")
+        decided = Completed if outcome.decision.approved else Failed
+        return decided(name=PAST[outcome.decision.answer].capitalize(), message=outcome.line)
     if not outcome.passed:
         warned = outcome.settled and outcome.step.stage is not None and outcome.step.stage.policy == "warn"
         state = Completed if warned else Failed

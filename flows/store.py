@@ -96,6 +96,7 @@ def _counted(report: Report) -> str:
         "artifact": report.artifacts,
         "measurement": report.evaluations,
         "verdict": report.verdicts,
+        "decision": report.decisions,
         "checkpoint": report.checkpoints,
         "base elsewhere": report.bases,
     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.approval import questions, standing
 from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
@@ -33,6 +34,8 @@ class Summary:
     """Stage and verdict, in order."""
     release: Path | None
     """The final model's folder, once it is released."""
+    decisions: tuple[tuple[str, str], ...] = ()
+    """Stage, and what a person decided on it or that one has to."""
 
 
 def summarise(plan: Plan) -> Summary:
@@ -53,6 +56,7 @@ def summarise(plan: Plan) -> Summary:
         costs=tuple(row for row in costs if row[0] != "attempt" or set(row[1:]) != {_ABSENT}),
         verdicts=judged,
         release=released,
+        decisions=tuple((asked.step.title, standing(asked)) for asked in questions(plan)),
     )
 
 

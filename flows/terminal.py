@@ -13,6 +13,7 @@ from rich.table import Table
 
 from flows.process import Event
 from flows.summary import Summary
+from stages.approval import questions, standing
 from stages.disk import Estimate
 from stages.plan import Plan, Step
 
@@ -87,6 +88,7 @@ class Watcher:
 
 def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate | None = None) -> None:
     """Which steps will run, and why; under a step its own lines from ``details``, by its name; the disk they need."""
+    asked = {question.step.name: [standing(question)] for question in questions(plan)}
     for step in plan.steps:
         if step.artifact is None:
             mark, text = "[yellow]run     [/]", step.reason
@@ -97,7 +99,7 @@ def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate 
             mark, text = "[green]keep    [/]", step.reason
         kind = "" if step.stage is None else f" [dim]({step.stage.kind}, {step.stage.method.kind})[/]"
         out.print(f"{mark} {step.order} {escape(step.title)}{kind}: {escape(text)}")
-        for line in (*details.get(step.name, ()), *_other_attempts(plan, step)):
+        for line in (*asked.get(step.name, ()), *details.get(step.name, ()), *_other_attempts(plan, step)):
             out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
     if room is not None and room.needed:
         out.print(str(room), style="dim" if room.fits else "red", markup=False, soft_wrap=True)
@@ -133,6 +135,8 @@ def print_summary(summary: Summary) -> None:
             f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {escape(stage)}: {escape(verdict.reason)}",
             soft_wrap=True,
         )
+    for stage, standing in summary.decisions:
+        out.print(f"decision {stage}: {standing}", markup=False, soft_wrap=True)
     _table("", summary.columns, summary.costs)
 
 

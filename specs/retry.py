@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from specs.base import Spec
 from specs.explain import Location
 
-Policy = Literal["stop", "warn"]
+Policy = Literal["stop", "warn", "approve"]
 """What becomes of a run whose gates refuse."""
 MOST_CHANGES = 9
 """The gates' doubt is shared by all attempts: with more than ten, hardly any sample would pass."""

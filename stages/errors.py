@@ -6,6 +6,7 @@
     ├── StageFailed           4   a stage broke; what was finished before is kept
     │   └── StageSilent            its process hung, and was ended
     └── TryAgain              75  another run holds the lock, or the process was told to stop
+        └── AwaitingApproval       gates refuse, and the spec says that a person decides
 
 `specs.load.SpecError`, raised by the grammar, which imports nothing of ours, ends with 2 as well.
 """
@@ -49,6 +50,15 @@ class TryAgain(TriviumError):
     """The work can go on later: another process holds the lock, or this one was told to stop."""
 
     exit_code = 75
+
+
+class AwaitingApproval(TryAgain):
+    """Gates refuse a stage and a person has to decide; nothing is held meanwhile."""
+
+    def __init__(self, message: str, question: str) -> None:
+        """Keep what is asked: the fingerprint of the artifact and of what its gates came to."""
+        super().__init__(message)
+        self.question = question
 
 
 BY_EXIT_CODE: dict[int, type[TriviumError]] = {

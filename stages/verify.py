@@ -9,6 +9,7 @@ from stages import checkpoint, evaluate
 from stages.artifact import (
     EVALUATION,
     MODEL,
+    DECISIONS,
     VERDICT,
     WORK,
     Artifact,
@@ -47,6 +48,7 @@ class Report:
     artifacts: int = 0
     evaluations: int = 0
     verdicts: int = 0
+    decisions: int = 0
     checkpoints: int = 0
     bases: int = 0
     """Folders elsewhere that a base refers to."""
@@ -124,6 +126,13 @@ def _verify_added(folder: Path, report: Report) -> None:
         if what := _wrong_evaluation(file):
             do = "`trivium run` measures it anew; where no spec asks for it any more, remove it"
             report.findings.append(Finding(file, [what], [], do))
+    for file in sorted((folder / DECISIONS).glob("*.json")):
+        report.decisions += 1
+        try:
+            read_sealed(file)
+        except InvalidInput:
+            do = "it counts as none: decide again with `trivium approve` or `trivium reject`, or remove it"
+            report.findings.append(Finding(file, ["not as it was written"], [], do))
     file = folder / VERDICT
     if file.exists() or file.is_symlink():
         report.verdicts += 1
