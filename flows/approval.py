@@ -168,5 +168,3 @@ def _has_server(root: Path) -> bool:
     from flows.pipeline import server_answers
 
     return server_answers()
-
-

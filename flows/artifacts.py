@@ -108,7 +108,7 @@ def markdown(summary: Summary) -> str:
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
     parts.append(_table(summary.columns, summary.metrics))
     lines = [f"- **{verdict.outcome}** {stage}: {verdict.reason}" for stage, verdict in summary.verdicts]
-    lines += [f"- **decision** {stage}: {escaped(standing)}" for stage, standing in summary.decisions]
+    lines += [f"- **decision** {stage}: {escaped(said)}" for stage, said in summary.decisions]
     parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
     if summary.release is not None:
         parts.append(f"Model: `{summary.release}`")

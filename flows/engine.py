@@ -346,8 +346,7 @@ def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
 
 
 def is_done(plan: Plan) -> bool:
-    """Whether nothing is left to do: all is published and measured, each gate passes or a person approved, and the verdict
-    that is kept says so."""
+    """Whether nothing is left to do: all is published, measured and accepted, and the kept verdict says so."""
     return not plan.pending and all(_is_judged(step, verdicts_of(plan, step)) for step in plan.steps)
 
 

@@ -6,7 +6,7 @@ elsewhere meanwhile (`trivium approve`) is not overruled.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -157,7 +157,8 @@ def resume_all(spec: Path, root: Path, question: Question, decision: Decision) -
     """
     paused = FlowRunFilter(state=RunState(type=RunStateType(any_=[StateType.PAUSED])))
     ours = FlowFilter(name=FlowFilterName(any_=[FLOW]))
-    resumed, refused = [], []
+    resumed: list[str] = []
+    refused: list[str] = []
     try:
         with get_client(sync_client=True) as client:
             for flow_run in client.read_flow_runs(flow_filter=ours, flow_run_filter=paused):
@@ -177,7 +178,9 @@ def _waits_for(flow_run: FlowRun, spec: Path, root: Path, question: Question) ->
         return False
     stage = key.split("-", 2)[2].rpartition("-")[0]
     places = [(flow_run.parameters["spec"], spec), (flow_run.parameters["root"], root)]
-    return stage == question.step.name and all(os.path.realpath(theirs) == os.path.realpath(own) for theirs, own in places)
+    return stage == question.step.name and all(
+        os.path.realpath(theirs) == os.path.realpath(own) for theirs, own in places
+    )
 
 
 def _resume(client: SyncPrefectClient, flow_run: UUID, decision: Decision) -> str:
@@ -197,7 +200,7 @@ def description(run: Run, plan: Plan, question: Question) -> str:
         _gates(question.verdicts),
         *_samples(plan, question),
         f"The artifact: `{step.place}`",
-        f"From a terminal: `{command('approve', run.spec)} --why \"...\"`",
+        f'From a terminal: `{command("approve", run.spec)} --why "..."`',
     ]
     return redact("\n\n".join(parts), os.environ)
 
@@ -253,5 +256,5 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ("---",) * len(columns), *rows))

@@ -135,8 +135,8 @@ def print_summary(summary: Summary) -> None:
             f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {escape(stage)}: {escape(verdict.reason)}",
             soft_wrap=True,
         )
-    for stage, standing in summary.decisions:
-        out.print(f"decision {stage}: {standing}", markup=False, soft_wrap=True)
+    for stage, said in summary.decisions:
+        out.print(f"decision {stage}: {said}", markup=False, soft_wrap=True)
     _table("", summary.columns, summary.costs)
 
 

@@ -44,8 +44,9 @@ class StageSpec(Spec):
     gates: tuple[GateSpec, ...] = name_only(())
     """What must hold before the next stage starts. Gates never retrain: an edited one is judged again."""
     on_gate_failure: Policy | RetrySpec = name_only("stop")
-    """stop ends the run with exit code 3; warn records the verdict and goes on; approve waits for a person; `{retry: [...], then: stop}` makes the
-    stage anew with each of some changes in turn until one passes."""
+    """stop ends the run with exit code 3; warn records the verdict and goes on; approve waits until a person decides
+    (`trivium approve`, or the Prefect UI); `{retry: [...], then: stop}` makes the stage anew with each of some changes
+    in turn until one passes."""
 
     @property
     def policy(self) -> Policy:

@@ -7,9 +7,9 @@ from pathlib import Path
 from specs.base import fingerprint
 from stages import checkpoint, evaluate
 from stages.artifact import (
+    DECISIONS,
     EVALUATION,
     MODEL,
-    DECISIONS,
     VERDICT,
     WORK,
     Artifact,
