@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from flows.approval import approve, reject
-from flows.model_commands import adapters, chat, combine, scan
+from flows.model_commands import adapters, chat, combine, publish, scan
 from flows.project import ARTIFACTS, DEFAULT_SPEC, Place, Root, SpecFile, root_of
 from stages.errors import InvalidInput, TriviumError, TryAgain
 
@@ -31,7 +31,7 @@ app = App(
 
 _unheard = False  # whether the Prefect server was gone when the run ended
 
-for command in (approve, reject, scan, chat, adapters, combine):
+for command in (approve, reject, scan, chat, adapters, combine, publish):
     app.command(command)
 
 

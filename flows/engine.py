@@ -12,7 +12,7 @@ from stages.approval import Decision, decision_on, question_of, record_verdict, 
 from stages.artifact import JOBS, MODEL, VERDICT, lock_file, read, set_aside
 from stages.check import check_base, check_inputs
 from stages.documents import read_sealed
-from stages.errors import GateRefused, InvalidInput
+from stages.errors import GateRefused, InvalidInput, TriviumError
 from stages.faults import explain
 from stages.gate import Verdict
 from stages.job import Job, write_job
@@ -164,11 +164,16 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     try:
         for number in range(len(plan.steps)):
             plan = _bring_up(run, plan, number, hooks, outcomes)
-            _stop_if_refused(run, outcomes[-1])
+            try:
+                _stop_if_refused(run, outcomes[-1])
+            except TriviumError:
+                _keep_card(run, plan)  # of a release that was made when the gates still passed
+                raise
     finally:
         process.dismiss()
     if run.until_stage is None:
         _point_to_release(plan)
+        _keep_card(run, plan)
     return outcomes
 
 
@@ -256,6 +261,7 @@ def nothing_to_do(run: Run, plan: Plan) -> bool:
         return False
     remember_plan(run, plan)
     _point_to_release(plan)
+    _keep_card(run, plan)
     return True
 
 
@@ -265,6 +271,13 @@ def _point_to_release(plan: Plan) -> None:
     link = plan.store / MODEL
     if released is not None and not (link.is_symlink() and link.parent / link.readlink() == released.loadable):
         point_to(released.loadable, link)
+
+
+def _keep_card(run: Run, plan: Plan) -> None:
+    """Bring the model card beside the release up to date: a gate that was edited gives another one."""
+    from flows.model_card import keep_card
+
+    keep_card(run.plan(pipeline=plan.pipeline), run.spec)
 
 
 def point_to(model: Path, link: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
-from flows.project import DEFAULT_SPEC, Root, root_of
+from flows.project import DEFAULT_SPEC, Root, SpecFile, root_of
 from stages.errors import InvalidInput
 
 
@@ -31,6 +31,30 @@ def scan(
 
     name = model.resolve().name
     scan_model(model, name, Path("spectrum") / name if output is None else output, top_percent, score, embeddings)
+
+
+def publish(
+    spec: SpecFile,
+    *,
+    to: Annotated[str, Parameter(help="A folder, or hub:OWNER/NAME.")],
+    root: Root = None,
+    private: bool = False,
+    with_warnings: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Give away the released model with its card, if every gate passed and every byte is as it was published.
+
+    Args:
+        spec: The spec file.
+        to: A folder, new or with an earlier publication of the same pipeline; or hub:OWNER/NAME.
+        root: Folder of the artifacts; `artifacts` beside the spec by default.
+        private: Make a new repository on the hub private.
+        with_warnings: Publish in spite of gates that did not pass where the spec says `on_gate_failure: warn`.
+        dry_run: Say what would go, and why it may not; nothing is written or sent.
+    """
+    from flows.publish.command import publish_release
+
+    publish_release(spec, root_of(spec, root), to, private=private, with_warnings=with_warnings, dry_run=dry_run)
 
 
 def chat(folder: Path, prompt: str | None = None, *, root: Root = None, max_tokens: int = 200) -> None:

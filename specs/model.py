@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from specs.base import Spec, later_addition
-from specs.paths import Commit, FilePath, HubId, Sha256
+from specs.base import Spec, later_addition, name_only
+from specs.paths import Commit, FilePath, HubId, License, Sha256
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -33,6 +33,11 @@ class ModelSpec(Spec):
     """The sha256, 64 hex digits, of the Python files that come with the model, to let just those files run. By
     default no such code runs, and the message that refuses it names the digest. Read the code first: it may do
     whatever you may do."""
+    license: License | None = name_only(None)
+    """The base's licence as the hub spells it, for the model card: `apache-2.0`, `llama3.1`, `other`. By default what
+    the base itself says, in its model card or its GGUF file."""
+    origin: HubId | None = name_only(None)
+    """With `path` or `gguf`: the id on the hub of the model that this is a copy of, for the model card."""
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "ModelSpec":
@@ -42,6 +47,8 @@ class ModelSpec(Spec):
             raise ValueError(f"a model is one of path, gguf or hub; found {found}")
         if (self.hub is None) != (self.revision is None):
             raise ValueError("hub and revision go together: the revision is the commit, 40 hex digits")
+        if self.hub is not None and self.origin is not None:
+            raise ValueError("origin goes with path or gguf: with hub, that id is the origin; remove origin")
         if self.gguf is not None and self.allow_remote_code is not None:
             raise ValueError("allow_remote_code goes with path or hub: a GGUF file brings no code; remove it")
         return self

@@ -24,6 +24,7 @@ _SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 _HUB_ID = r"^\w[\w.-]*/\w[\w.-]*$"
 _COMMIT = r"^[0-9a-f]{40}$"
 _SHA256 = r"^[0-9a-f]{64}$"
+_LICENSE = r"^[a-z0-9][a-z0-9.+-]{0,63}$"
 _METRIC = r"^[a-z0-9][a-z0-9_-]*(\.[a-z0-9_]+)?$"
 _PERCENT = r"^\d{1,4}(\.\d{1,6})?\s?%$"
 
@@ -32,6 +33,8 @@ Slug = Annotated[str, StringConstraints(pattern=_SLUG)]
 HubId = Annotated[str, StringConstraints(pattern=_HUB_ID)]
 Commit = Annotated[str, StringConstraints(pattern=_COMMIT)]
 Sha256 = Annotated[str, StringConstraints(pattern=_SHA256)]
+License = Annotated[str, StringConstraints(pattern=_LICENSE)]
+"""A licence as the hub spells it: https://huggingface.co/docs/hub/repositories-licenses."""
 MetricName = Annotated[str, StringConstraints(pattern=_METRIC)]
 Percent = Annotated[str, StringConstraints(pattern=_PERCENT)]
 FilePath = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_on_this_machine)]
@@ -43,6 +46,7 @@ IN_WORDS = {
     _HUB_ID: "an id on the hub, owner/name",
     _COMMIT: "a commit, 40 hex digits (a branch or tag may mean something else tomorrow)",
     _SHA256: "a sha256, 64 hex digits",
+    _LICENSE: "a licence as the Hugging Face hub spells it, apache-2.0 or llama3.1; `other` where it knows none",
     _METRIC: "the name of a metric, or name.measure",
     _PERCENT: "a percentage such as 5%",
 }

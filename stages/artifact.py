@@ -1,8 +1,8 @@
 """Published outputs: a folder that appeared by one rename and whose manifest names every byte of it.
 
-The manifest seals what a stage made. Three things may be added later and are sealed by themselves: the
-measurements in ``evaluation/``, the ``verdict.json`` that follows from them, because gates and metrics can be
-edited without training again, and what people decided, in ``decisions/``.
+The manifest seals what a stage made. These may be added later and are sealed by themselves: the measurements in
+``evaluation/``, the ``verdict.json`` that follows from them, because gates and metrics can be edited without training
+again, what people decided, in ``decisions/``, and a model card, which follows from all that.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ EVALUATION = "evaluation"
 VERDICT = "verdict.json"
 DECISIONS = "decisions"
 """What people decided where gates refused, a file for each question."""
+CARD = "README.md"
+"""The model card beside a release; it follows from the chain and what was measured of it."""
 WORK, JOBS, LOCKS, SET_ASIDE = ".work", ".jobs", ".locks", ".set-aside"
 """Beside the artifacts of a pipeline: what is being made, job files and logs, locks, what was damaged."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -273,7 +275,7 @@ def _is_litter(name: str) -> bool:
 
 def _may_be_added(name: str) -> bool:
     """Whether a file may come after the manifest; it is sealed by itself, and made anew where it is not sound."""
-    return name == VERDICT or name.startswith((f"{EVALUATION}/", f"{DECISIONS}/"))
+    return name in (VERDICT, CARD) or name.startswith((f"{EVALUATION}/", f"{DECISIONS}/"))
 
 
 def damage_elsewhere(artifact: Artifact, digest: Callable[[Path], str] = sha256) -> list[str]:

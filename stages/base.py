@@ -10,6 +10,7 @@ from stages.errors import InvalidInput
 from stages.finite import not_finite
 from stages.job import Job
 from stages.model import convert_gguf, load_plain, load_tokenizer
+from stages.origin import CARD, origin_of
 from stages.pickles import PICKLES
 from stages.template import check_template, folder_templates, read_template
 
@@ -33,11 +34,14 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
 
     spec, folder = job.pipeline.model, Path(job.folder)
     place = work / MODEL
+    card = None
     if spec.gguf is not None:
         convert_gguf(folder / spec.gguf, place)
     elif spec.hub is not None:
         code = ["*.py"] if spec.allow_remote_code is not None else []
-        shutil.copytree(_snapshot(spec.hub, str(spec.revision), code), place, dirs_exist_ok=True)
+        snapshot = _snapshot(spec.hub, str(spec.revision), [CARD, *code])
+        card = snapshot / CARD
+        shutil.copytree(snapshot, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CARD))
     elif spec.chat_template is not None:
         pickles = shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES))
         shutil.copytree(folder / str(spec.path), place, dirs_exist_ok=True, ignore=pickles)
@@ -56,18 +60,21 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
         raise InvalidInput(f"{place}: the base holds inf or nan in {broken}; fetch or copy its files anew")
     ids = probe.probe_ids(model)
     probe.record(work, ids, probe.plain_logits(model, ids))
-    record: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    record: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "origin": origin_of(spec, folder, card).as_record(),
+    }
     if place.parent != work:
         record["model_path"] = str(place)
     return model, record
 
 
-def _snapshot(hub: str, revision: str, code: list[str]) -> Path:
+def _snapshot(hub: str, revision: str, beside: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=[*MODEL_FILES, *code]))
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=[*MODEL_FILES, *beside]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInput(
             f"model.hub: {hub}@{revision[:8]} cannot be fetched ({error}); check the id and the revision, log in "

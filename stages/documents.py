@@ -1,5 +1,6 @@
 """JSON files, read and written in one place: what is read may be anything, what is written is whole or absent."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ PARTIAL = ".partial"
 """How the name of a file ends that is still being written."""
 LFS_POINTER = b"version https://git-lfs."
 """How a file begins that Git LFS left in place of the real one."""
+_COMMENT = "\n<!-- sha256 of all above: {} -->\n"
 LIMIT = 64 << 20
 """Bytes above which a JSON file is not read: parsed, it takes some thirty times as much memory."""
 
@@ -53,15 +55,20 @@ def read_object(file: Path, *, limit: int = LIMIT) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` so that readers see the old file or the whole new one, never a part.
+    """Write ``document`` as `write_text` does."""
+    write_text(path, _text(document))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that readers see the old file or the whole new one, never a part.
 
     It is on the disk when this returns, and so is its name: a power cut afterwards takes neither.
     """
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -91,7 +98,33 @@ def read_sealed(file: Path, *, limit: int = LIMIT) -> Any:
 
 def write_sealed(file: Path, body: Any) -> None:
     """Write a document with the fingerprint of its content, so that a change by hand or by the disk is noticed."""
-    write_json(file, {"sha256": fingerprint(body), "body": body})
+    write_text(file, sealed_text(body))
+
+
+def sealed_text(body: Any) -> str:
+    """What `write_sealed` writes."""
+    return _text({"sha256": fingerprint(body), "body": body})
+
+
+def _text(document: Any) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def sealed_card(text: str) -> str:
+    """A Markdown page with the hash of its text in a comment at its end, which no reader sees."""
+    return text + _COMMENT.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_sealed_card(file: Path) -> bool:
+    """Whether a page is as `sealed_card` gave it."""
+    if file.is_symlink():
+        return False
+    try:
+        content = _content(file, LIMIT)
+    except InvalidInput:
+        return False
+    text = content[: -len(_COMMENT.format("0" * 64))]
+    return content == sealed_card(text)
 
 
 def make_folder(path: Path) -> None:

@@ -139,6 +139,23 @@ def _verdict(gate: GateSpec, measured: Measured) -> Verdict:
     return _judged(gate, claim)
 
 
+def interval_of(measure: Measure, confidence: float) -> tuple[float, float] | None:
+    """Between which values a measure lies by itself with a confidence, two-sided; None where its noise is unknown.
+
+    Args:
+        measure: what was measured on one model.
+        confidence: of the interval: 0.95 leaves 2.5% beyond each end.
+    """
+    if measure.n == 0 or not math.isfinite(measure.value):
+        return None
+    alone = GateSpec(metric="value", at_least=0.0, confidence=(1 + confidence) / 2)
+    claim = _above_threshold(alone, measure)
+    found = _from_examples(alone, claim) if measure.numerators else _from_errors(alone, claim)
+    if found is None or not (math.isfinite(found.low) and math.isfinite(found.high)):
+        return None
+    return found.low, found.high
+
+
 def _refused(gate: GateSpec, why: str) -> Verdict:
     return Verdict(str(gate), "failed", confidence=gate.confidence, reason=f"{gate.metric} {why}")
 

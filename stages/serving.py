@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from stages import probe
-from stages.adapter import adapter_settings, attach, load_beside
+from stages.adapter import CONFIG, adapter_settings, attach, load_beside
 from stages.artifact import ADAPTER, Artifact, find, read, short, verified
 from stages.errors import InvalidInput
 from stages.methods import Method
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+PUBLISHED_BASE = "base"
+"""The folder of the plain checkpoint in a published adapter, whose own files stand above it."""
 BASE = "base"
 """The name under which the start model itself answers."""
 _METHOD: TypeAdapter[MethodSpec] = TypeAdapter(Method)
@@ -38,7 +40,8 @@ def load(
     """The model of an artifact, a release or a plain model folder, ready to generate, and its tokenizer.
 
     Args:
-        folder: an artifact (the folder with ``manifest.json``), or a plain checkpoint (with ``config.json``).
+        folder: an artifact (the folder with ``manifest.json``), a plain checkpoint (with ``config.json``), or what
+            ``trivium publish`` makes of base + adapter (with ``adapter_config.json``, and the base below).
         dtype: of the weights; by default as they are kept.
         device: where the model goes.
 
@@ -52,6 +55,8 @@ def load(
     place = Path(folder)
     if (place / "config.json").is_file():
         return assemble(place, None, dtype, device)
+    if (place / CONFIG).is_file() and (place / PUBLISHED_BASE).is_dir():
+        return assemble(place / PUBLISHED_BASE, place, dtype, device)
     artifact = read(place)
     if artifact is None:
         raise InvalidInput(f"{place}: no config.json, so no model, and no whole manifest.json, so no artifact")

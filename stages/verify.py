@@ -7,6 +7,7 @@ from pathlib import Path
 from specs.base import fingerprint
 from stages import checkpoint, evaluate
 from stages.artifact import (
+    CARD,
     DECISIONS,
     EVALUATION,
     MODEL,
@@ -22,7 +23,7 @@ from stages.artifact import (
     short,
     strays,
 )
-from stages.documents import PARTIAL, read_sealed
+from stages.documents import PARTIAL, is_sealed_card, read_sealed
 from stages.errors import InvalidInput
 from stages.store import by_identity, dependents, folders, size_of, stores
 
@@ -133,6 +134,7 @@ def _verify_added(folder: Path, report: Report) -> None:
         except InvalidInput:
             do = "it counts as none: decide again with `trivium approve` or `trivium reject`, or remove it"
             report.findings.append(Finding(file, ["not as it was written"], [], do))
+    _verify_card(folder / CARD, report)
     file = folder / VERDICT
     if file.exists() or file.is_symlink():
         report.verdicts += 1
@@ -141,6 +143,11 @@ def _verify_added(folder: Path, report: Report) -> None:
         except InvalidInput:
             do = "`trivium run` judges anew from the measurements; where no spec does any more, remove it"
             report.findings.append(Finding(file, ["not as it was written"], [], do))
+
+
+def _verify_card(file: Path, report: Report) -> None:
+    if (file.exists() or file.is_symlink()) and not is_sealed_card(file):
+        report.findings.append(Finding(file, ["not as it was written"], [], "`trivium run` writes it anew"))
 
 
 def _wrong_evaluation(file: Path) -> str:

@@ -1,0 +1,1 @@
+"""`trivium publish`: what goes, to a folder, to the hub."""

@@ -1,0 +1,171 @@
+"""What would go out of a released model, and every reason why it may not.
+
+What goes: the files of the release as its manifest names them, its card, the verdicts, and a sealed list of all that
+with hashes. Nothing else that lies in the artifact's folder, and nothing that looks like a secret.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from flows.engine import Run, verdicts_of
+from flows.model_card import card_text
+from specs.base import Spec
+from specs.paths import Sha256
+from specs.secrets import looks_like_secret, redact
+from stages.artifact import ADAPTER, CARD, MODEL, Artifact, short, verified
+from stages.errors import GateRefused, InvalidInput, StageFailed, TriviumError
+from stages.manifest import Inside
+from stages.plan import RELEASE, Plan, Step
+from stages.serving import PUBLISHED_BASE
+
+VERDICTS = "verdicts.json"
+MANIFEST = "publication.json"
+_SEARCHED = (".json", ".jinja", ".txt", ".py", ".md")
+"""Files in which a secret could stand; of a tokenizer's vocabulary, none."""
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+
+
+class Published(Spec):
+    """What a publication says of itself, in `MANIFEST`: enough to know it again and to see what was changed."""
+
+    format: Literal[1] = 1
+    pipeline: str
+    identity: Sha256
+    """Of the release."""
+    files: dict[Inside, Sha256]
+    """All but this list itself."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What would go."""
+
+    plan: Plan
+    release: Artifact
+    files: dict[str, Path]
+    """The release's own: name in the publication -> where it is now."""
+    hashes: dict[str, str]
+    """sha256 by name in the publication, as the release's manifest has it."""
+    texts: dict[str, str]
+    """What is written for the publication, by name."""
+
+    @property
+    def name(self) -> str:
+        """The pipeline's."""
+        return self.plan.pipeline.name
+
+    @property
+    def tag(self) -> str:
+        """What this release is called among those of its pipeline."""
+        return f"release-{short(self.release.identity)}"
+
+
+def gather(asked: Run, *, with_warnings: bool) -> tuple[Publication | None, list[TriviumError]]:
+    """What would be published of a spec, as far as there is something, and every reason why it may not be.
+
+    Args:
+        asked: the spec and the root.
+        with_warnings: let gates pass that did not, where the spec says `on_gate_failure: warn`.
+    """
+    plan = asked.plan()
+    against = [*_unfinished(plan), *_refused(plan, with_warnings=with_warnings)]
+    release = plan.steps[-1].artifact
+    if plan.steps[-1].name != RELEASE or release is None or any(step.artifact is None for step in plan.steps):
+        return None, against
+    try:
+        verified(release)
+    except StageFailed as error:
+        against.append(error)
+    files = _files(release)
+    hashes = {
+        name: release.manifest["files"][str(file.relative_to(release.path))]["sha256"] for name, file in files.items()
+    }
+    with_card = {CARD: card_text(plan, asked.spec, "."), VERDICTS: _verdicts(plan)}
+    publication = Publication(plan, release, files, hashes, with_card)
+    return publication, against + _secrets(publication)
+
+
+def _unfinished(plan: Plan) -> Iterator[TriviumError]:
+    for step in plan.steps:
+        if step.damaged is not None:
+            yield StageFailed(f"{step.damaged}: {step.reason}; `trivium run` makes it anew")
+    if plan.pending and not any(step.damaged is not None for step in plan.steps):
+        names = ", ".join(step.name for step in plan.pending)
+        yield InvalidInput(f"not all is made and measured: {names}; `trivium run` first")
+
+
+def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
+    for step in plan.steps:
+        against = [one for one in _judged(plan, step) if not one.passed]
+        if not against or step.stage is None:
+            continue
+        warned = step.stage.on_gate_failure == "warn"
+        if warned and with_warnings:
+            continue
+        reasons = " | ".join(one.reason for one in against)
+        hint = "; --with-warnings publishes it all the same, and its card says so" if warned else ""
+        yield GateRefused(f"stage {step.name}: {reasons}{hint}")
+
+
+def _judged(plan: Plan, step: Step) -> list[Any]:
+    ready = step.artifact is not None and not step.missing
+    return list(verdicts_of(plan, step)) if ready else []
+
+
+def _files(release: Artifact) -> dict[str, Path]:
+    """The files of a release by their names in a publication, the largest parts of which keep theirs."""
+    below = MODEL if release.adapter is None else ADAPTER
+    found = {}
+    for name in release.manifest["files"]:
+        first, _, rest = name.partition("/")
+        if first == below:
+            found[rest] = release.path / name
+        elif first == MODEL and rest:
+            found[f"{PUBLISHED_BASE}/{rest}"] = release.path / name
+    return dict(sorted(found.items()))
+
+
+def _verdicts(plan: Plan) -> str:
+    stages = [
+        {
+            "stage": step.name,
+            "identity": step.key,
+            "on_gate_failure": step.stage.on_gate_failure,
+            "gates": [one.as_record() for one in _judged(plan, step)],
+        }
+        for step in plan.steps
+        if step.stage is not None
+    ]
+    document = {"pipeline": plan.pipeline.name, "release": plan.steps[-1].key, "stages": stages}
+    return redact(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", os.environ)
+
+
+def _secrets(publication: Publication) -> list[TriviumError]:
+    """Files in which something looks like a secret, or is one of this environment: what goes out never comes back."""
+    found: list[TriviumError] = []
+    for name, file in publication.files.items():
+        if PurePosixPath(name).suffix not in _SEARCHED or PurePosixPath(name).name in _VOCABULARIES:
+            continue
+        with suppress(OSError):  # a file that is missing was told by its name
+            text = file.read_text(encoding="utf-8", errors="replace")
+            what = looks_like_secret(text) or (
+                "a secret of this environment" if redact(text, os.environ) != text else None
+            )
+            if what is not None:
+                found.append(
+                    InvalidInput(f"{file}: holds what looks like {what}; take it out of the base, then run again")
+                )
+    return found
+
+
+def published(publication: Publication) -> Published:
+    """The list of what a publication consists of."""
+    texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in publication.texts.items()}
+    files = dict(sorted((publication.hashes | texts).items()))
+    return Published(pipeline=publication.name, identity=publication.release.identity, files=files)
