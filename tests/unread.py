@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny import write_data
+from headers import llama, write_headers
+from tiny import TEMPLATE, write_data
 
-from stages import evaluate
+from stages import artifact, evaluate
 from stages.artifact import publish
 from stages.measure import ratio
 from stages.pipeline import load_pipeline
@@ -70,8 +71,11 @@ class Project:
         pipeline, _ = load_pipeline(self.folder / "spec.yaml")
         return make_plan(pipeline, self.folder, self.root, **options)
 
-    def publish(self, *names: str) -> None:
-        """Publish the named steps under the identities of today's plan, with all their measurements."""
+    def publish(self, *names: str, files: dict[str, str] | None = None, beneath: bool = False) -> None:
+        """Publish the named steps under the identities of today's plan, with all their measurements.
+
+        The release gets ``files`` besides, and is base + adapter if ``beneath``.
+        """
         for step in self.plan().steps:
             if step.name not in names:
                 continue
@@ -79,9 +83,15 @@ class Project:
             (work / "model").mkdir(parents=True)
             (work / "model/model.safetensors").write_bytes(step.key.encode())
             (work / "training.json").write_text("{}")
-            record = {"stage": step.name, "published": f"2026-01-01T00:00:{step.order:02d}"}
+            record: dict = {"stage": step.name, "published": f"2026-01-01T00:00:{step.order:02d}"}
             if step.name == "base":
                 record["model_path"] = str((self.folder / self.plan().pipeline.model.path).resolve())
+            if step.name == "release":
+                for name, text in (files or {}).items():
+                    (work / name).parent.mkdir(exist_ok=True)
+                    (work / name).write_text(text)
+                if beneath:
+                    record["beneath"] = artifact.beneath(self.plan().steps[-2].key, work / "model")
             publish(work, step.target, identity=step.identity, record=record)
             for one in step.measurements:
                 found = evaluate.Evaluation({"x": ratio([1.0, 2.0], [1.0, 1.0], "lower")}, "x", {}, {}, 0.1)
@@ -97,6 +107,21 @@ def make_project(folder: Path) -> Project:
     write_data(made.folder)
     made.write(SPEC)
     return made
+
+
+def released_project(folder: Path, name: str = "tiny", **settings) -> Project:
+    """A project whose chain is published to its release and whose gates pass: they judge the value that all have."""
+    project = make_project(folder)
+    write_headers(project.folder / "base", llama())
+    (project.folder / "base/chat_template.jinja").write_text(TEMPLATE)
+    project.edit(
+        ("name: tiny", f"name: {name}"),
+        ("improves_on: base, by: 5%", "at_most: 2, confidence: null"),
+        ("improves_on: previous", "at_most: 2, confidence: null"),
+        ("at_least: 0.6", "at_least: 1, confidence: null"),
+    )
+    project.publish(*NAMES, **settings)
+    return project
 
 
 def rewrite_unnoticed(file: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -71,7 +71,7 @@ def to_hub(publication: Publication, repo: str, *, private: bool) -> str:
     require_access()
     api = HfApi()
     with _explained(repo):
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)  # else as the organisation has it
         if private and not api.repo_info(repo).private:
             raise InvalidInput(f"{PREFIX}{repo}: is public, and --private was asked for; change that on the hub first")
         present = [name for name in api.list_repo_files(repo) if name not in _HUBS_OWN]
@@ -110,8 +110,11 @@ def _own_files(api: "HfApi", repo: str, present: list[str], name: str) -> set[st
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What the hub or the network says, for people, with what to do."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    client_error = cast(
+        "type[Exception]", HfHubHTTPError.__mro__[1]
+    )  # of whichever HTTP client this version of the library uses
 
     place = f"{PREFIX}{repo}"
     try:
@@ -127,11 +130,13 @@ def _explained(repo: str) -> Iterator[None]:
         if status == 429 or status >= 500:
             raise TryAgain(f"{place}: the hub answers with {status}: {_line(error)}; run again later") from error
         raise StageFailed(f"{place}: the hub refuses ({status}): {_line(error)}") from error
-    except (httpx.TransportError, ConnectionError) as error:
+    except (client_error, LocalEntryNotFoundError, ConnectionError) as error:
         raise TryAgain(f"{place}: the hub cannot be reached ({_line(error)}); run again with the network") from error
+    except RuntimeError as error:  # as the library wraps whatever breaks an upload off
+        raise TryAgain(f"{place}: {_line(error)} ({_line(error.__cause__ or error)}); run again") from error
     except ValueError as error:  # the hub's own check of the card's settings
         raise StageFailed(f"{place}: the hub does not take the card: {_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

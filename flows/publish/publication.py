@@ -82,10 +82,7 @@ def gather(asked: Run, *, with_warnings: bool) -> tuple[Publication | None, list
         verified(release)
     except StageFailed as error:
         against.append(error)
-    files = _files(release)
-    hashes = {
-        name: release.manifest["files"][str(file.relative_to(release.path))]["sha256"] for name, file in files.items()
-    }
+    files, hashes = gathered_files(release)
     with_card = {CARD: card_text(plan, asked.spec, "."), VERDICTS: _verdicts(plan)}
     publication = Publication(plan, release, files, hashes, with_card)
     return publication, against + _secrets(publication)
@@ -118,17 +115,21 @@ def _judged(plan: Plan, step: Step) -> list[Any]:
     return list(verdicts_of(plan, step)) if ready else []
 
 
-def _files(release: Artifact) -> dict[str, Path]:
-    """The files of a release by their names in a publication, the largest parts of which keep theirs."""
-    below = MODEL if release.adapter is None else ADAPTER
-    found = {}
-    for name in release.manifest["files"]:
-        first, _, rest = name.partition("/")
-        if first == below:
-            found[rest] = release.path / name
-        elif first == MODEL and rest:
-            found[f"{PUBLISHED_BASE}/{rest}"] = release.path / name
-    return dict(sorted(found.items()))
+def gathered_files(release: Artifact) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files of a release by their names in a publication, and their sha256.
+
+    A plain checkpoint goes as it is. An adapter goes as PEFT's loaders expect it, its base in a folder below: beside
+    it, a plain loader would take the base for the model.
+    """
+    above = MODEL if release.adapter is None else ADAPTER
+    places = {above: "", MODEL: f"{PUBLISHED_BASE}/"} if above != MODEL else {MODEL: ""}
+    files, hashes = {}, {}
+    for name, entry in release.manifest["files"].items():
+        folder, _, rest = name.partition("/")
+        if folder in places:
+            files[places[folder] + rest] = release.path / name
+            hashes[places[folder] + rest] = entry["sha256"]
+    return dict(sorted(files.items())), hashes
 
 
 def _verdicts(plan: Plan) -> str:

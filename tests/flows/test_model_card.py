@@ -1,16 +1,13 @@
 """The model card: what it states, that the hub can read it, that data cannot change it, that it follows the gates."""
 
 import hashlib
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from headers import llama, write_headers
 from markdown_it import MarkdownIt
-from tiny import SPEC, TEMPLATE
-from unread import NAMES, Project, make_project
+from unread import NAMES, Project, make_project, released_project
 
 from flows.engine import Plain, Run, nothing_to_do, run_chain
 from flows.markdown import code, fence, prose, without_places
@@ -34,22 +31,12 @@ HOSTILE = (
     " ",
     "`",
 )
-GATES = (
-    ("gates: [{metric: domain, improves_on: base, by: 5%}]", "gates: [{metric: domain, at_most: 2, confidence: null}]"),
-    ("gates: [{metric: answers, improves_on: previous}]", "gates: [{metric: answers, at_most: 2, confidence: null}]"),
-    ("gates: [{metric: pairs, at_least: 0.6}]", "gates: [{metric: pairs, at_least: 1, confidence: null}]"),
-)
 
 
 @pytest.fixture
 def released(tmp_path: Path) -> Project:
     """A project whose chain is published to its release, and whose gates pass."""
-    project = make_project(tmp_path / "project")
-    write_headers(project.folder / "base", llama())
-    (project.folder / "base/chat_template.jinja").write_text(TEMPLATE)
-    project.edit(*GATES)
-    project.publish(*NAMES)
-    return project
+    return released_project(tmp_path / "project")
 
 
 def card(project: Project, place: str = ".") -> str:
@@ -251,17 +238,3 @@ def test_intervals_are_of_the_value_itself_and_unknown_where_its_noise_is():
     assert interval_of(Measure(float("nan"), 0.1, 5, "lower"), 0.95) is None
     assert interval_of(Measure(0.0, None, 0, "lower"), 0.95) is None
     assert interval_of(Measure(2.0, 0.1, 50, "lower"), 0.95) == pytest.approx((1.804, 2.196), abs=2e-3)
-
-
-@pytest.mark.model
-def test_a_real_chain_is_described_with_what_its_stages_recorded(chain):
-    text = card_text(chain, chain.folder / "spec.yaml", "model")
-    assert SPEC in text
-    for step in chain.steps[1:-1]:
-        record = step.artifact.manifest["record"]
-        assert f"{record['training']['steps']} steps over {record['training']['sequences']} sequences" in text
-        assert f"{record['masks']['tokens']} tokens, {record['masks']['trained_tokens']} of them trained on" in text
-    measure = chain.steps[3].evaluation("domain").measure(None)
-    assert f"| {measure.value:.4g} (" in text
-    assert json.dumps(str(chain.folder))[1:-1] not in text
-    assert "%" in text

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-from headers import llama, write_headers
+from headers import GGUF_HEADER, llama, write_headers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def write_files(folder: Path) -> None:
     """Everything that a path of a spec may name, sound."""
     write_headers(folder / "base", llama(), num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     tiny.write_data(folder)
-    (folder / "base.gguf").write_bytes(b"GGUF")
+    (folder / "base.gguf").write_bytes(GGUF_HEADER)
     (folder / "chat.jinja").write_text(tiny.TEMPLATE)
     module = "model.layers.0.mlp.up_proj"
     (folder / "scores.json").write_text(json.dumps({module: {"snr": 1.0, "type": "mlp.up_proj"}}))

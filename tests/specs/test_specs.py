@@ -68,6 +68,8 @@ stages:
 # What may change without a result changing. A field that joins this list must not alter what a stage computes.
 NAME_ONLY = {
     "StageSpec.name": "a label",
+    "ModelSpec.license": "stands in the model card",
+    "ModelSpec.origin": "stands in the model card",
     "StageSpec.seed": "the plan puts the seed that is used in its place",
     "StageSpec.gates": "judges, never trains",
     "StageSpec.on_gate_failure": "judges, never trains",

@@ -375,3 +375,26 @@ def test_a_library_that_cannot_be_imported_is_named_before_there_is_a_log(tmp_pa
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["event"] == "failed"
     assert told["reason"] == "ImportError: libcudart.so.99: cannot open shared object file"
+
+
+def test_a_published_release_is_what_was_released_and_its_card_says_what_the_stages_recorded(chain, tmp_path):
+    from flows.engine import Run
+    from flows.publish.folder import to_folder
+    from flows.publish.publication import gather
+
+    spec = chain.folder / "spec.yaml"
+    publication, against = gather(Run(spec, chain.store.parent), with_warnings=False)
+    assert against == []
+    assert to_folder(publication, tmp_path / "out")
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(7))
+    given = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    kept = AutoModelForCausalLM.from_pretrained(chain.steps[-1].artifact.model, dtype="auto")
+    assert torch.equal(given(ids).logits, kept(ids).logits)
+    text = (tmp_path / "out/README.md").read_text()
+    assert spec.read_text() in text
+    for step in chain.steps[1:-1]:
+        record = step.artifact.manifest["record"]
+        assert f"{record['training']['steps']} steps over {record['training']['sequences']} sequences" in text
+        assert f"{record['masks']['tokens']} tokens, {record['masks']['trained_tokens']} of them trained on" in text
+    assert f"| {chain.steps[3].evaluation('domain').measure(None).value:.4g} (" in text
+    assert str(chain.folder) not in text

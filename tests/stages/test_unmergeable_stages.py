@@ -115,6 +115,27 @@ def test_one_call_loads_stage_and_release_as_they_were_trained(method, chains, t
     assert not torch.equal(found[0], probe.logits(load_plain(stage.model, torch.float32), ids))
 
 
+def published(plan, folder: Path) -> Path:
+    from flows.publish.folder import to_folder
+    from flows.publish.publication import Publication, gathered_files
+
+    release = plan.steps[-1].artifact
+    to_folder(Publication(plan, release, *gathered_files(release), {}), folder)
+    return folder
+
+
+@every_chain
+def test_what_is_published_is_loaded_by_the_same_call(method, chains, tmp_path):
+    plan = chains(method)
+    out = published(plan, tmp_path / "out")
+    assert torch.equal(
+        probe.logits(serving.load(out)[0], ids_of()),
+        probe.logits(serving.load(plan.steps[-1].artifact.path)[0], ids_of()),
+    )
+    with pytest.raises((OSError, ValueError, TypeError)):  # a plain loader must not get the base alone
+        AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_peft_alone_reads_a_release_of_its_own_methods(chains):
     from peft import PeftModel
 
