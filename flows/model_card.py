@@ -17,8 +17,11 @@ from specs.base import fingerprint
 from specs.load import SpecError
 from specs.metric import LmEvalSpec
 from specs.secrets import redact
+from stages.approval import decision_on, question_of
 from stages.artifact import CARD, Artifact, short
-from stages.documents import sealed_card, write_text
+from stages.data_report import DATA_REPORT
+from stages.documents import read_object, sealed_card, write_text
+from stages.errors import InvalidInput
 from stages.evaluate import Evaluation
 from stages.gate import interval_of
 from stages.measure import Measure
@@ -170,11 +173,13 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
             "name": _source_name(source.label),
             "rows": counts[number]["rows"] if number < len(counts) else None,
             "dropped": counts[number]["dropped"] if number < len(counts) else None,
-            "weight": source.weight,
+            "use": f"weight {source.weight:g}" if source.share is None else f"{100 * source.share:g}% of the tokens",
             "content": _content(step.identity["data"][number]),
         }
         for number, source in enumerate(stage.data)
     ]
+    verdicts = verdicts_of(plan, step)
+    asked = question_of(step, verdicts)
     training, masks = record.get("training", {}), record.get("masks", {})
     return {
         "name": step.name,
@@ -188,9 +193,23 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
         "masks": masks,
         "hand_over": record.get("hand_over", {}),
         "durations": record.get("durations", {}),
-        "policy": stage.on_gate_failure,
-        "verdicts": verdicts_of(plan, step),
+        "attempt": f"attempt {step.attempt} of {step.attempts}: {step.words}" if step.attempts > 1 else "",
+        "policy": stage.policy,
+        "verdicts": verdicts,
+        "decision": None if asked is None else decision_on(asked),
+        "report": _data_report(step),
     }
+
+
+def _data_report(step: Step) -> dict[str, Any]:
+    """What was found of duplicates and of overlap with what metrics measure on; empty where it was not looked for."""
+    file = step.place / DATA_REPORT
+    try:
+        report = read_object(file) if file.is_file() else {}
+    except InvalidInput:  # damaged since: `verify` says so
+        report = {}
+    sets = report.get("overlap", {}).get("sets", [])
+    return {"duplicates": report.get("duplicates"), "overlap": [one for one in sets if not one.get("not_looked_at")]}
 
 
 def _source_name(label: str) -> str:

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from flows.engine import Run, verdicts_of
 from flows.model_card import card_text
 from specs.base import Spec
 from specs.paths import Sha256
 from specs.secrets import looks_like_secret, redact
+from stages.approval import decision_on, question_of, standing, verdict_record
 from stages.artifact import ADAPTER, CARD, MODEL, Artifact, short, verified
 from stages.errors import GateRefused, InvalidInput, StageFailed, TriviumError
+from stages.gate import Verdict
 from stages.manifest import Inside
 from stages.plan import RELEASE, Plan, Step
 from stages.serving import PUBLISHED_BASE
@@ -99,18 +101,24 @@ def _unfinished(plan: Plan) -> Iterator[TriviumError]:
 
 def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
     for step in plan.steps:
-        against = [one for one in _judged(plan, step) if not one.passed]
+        verdicts = _judged(plan, step)
+        against = [one for one in verdicts if not one.passed]
         if not against or step.stage is None:
             continue
-        warned = step.stage.on_gate_failure == "warn"
+        asked = question_of(step, verdicts)
+        decision = None if asked is None else decision_on(asked)
+        if decision is not None and decision.approved:
+            continue
+        warned = step.stage.policy == "warn"
         if warned and with_warnings:
             continue
         reasons = " | ".join(one.reason for one in against)
-        hint = "; --with-warnings publishes it all the same, and its card says so" if warned else ""
-        yield GateRefused(f"stage {step.name}: {reasons}{hint}")
+        said = "" if asked is None else f"; {standing(asked)}"
+        hint = "; --with-warnings publishes it all the same, and its card says so" if warned else said
+        yield GateRefused(f"stage {step.title}: {reasons}{hint}")
 
 
-def _judged(plan: Plan, step: Step) -> list[Any]:
+def _judged(plan: Plan, step: Step) -> list[Verdict]:
     ready = step.artifact is not None and not step.missing
     return list(verdicts_of(plan, step)) if ready else []
 
@@ -137,8 +145,9 @@ def _verdicts(plan: Plan) -> str:
         {
             "stage": step.name,
             "identity": step.key,
-            "on_gate_failure": step.stage.on_gate_failure,
-            "gates": [one.as_record() for one in _judged(plan, step)],
+            "attempt": step.attempt,
+            "on_gate_failure": step.stage.policy,
+            **verdict_record(step, _judged(plan, step)),
         }
         for step in plan.steps
         if step.stage is not None

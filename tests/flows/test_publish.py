@@ -19,6 +19,7 @@ from flows.publish.command import publish_release
 from flows.publish.folder import to_folder
 from flows.publish.publication import MANIFEST, VERDICTS, Publication, gather
 from specs.base import fingerprint
+from stages.approval import decide, questions
 from stages.artifact import CARD, sha256
 from stages.documents import read_sealed
 from stages.errors import GateRefused, InvalidInput, StageFailed, TryAgain
@@ -346,3 +347,26 @@ def test_it_imports_neither_torch_nor_prefect(released, tmp_path):
         "assert not {'torch', 'prefect', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_person_may_let_it_pass_and_is_named_in_card_and_verdicts(released, tmp_path):
+    released.edit(("at_most: 2, confidence: null}]", "at_most: 1, confidence: null}]\n    on_gate_failure: approve"))
+    with pytest.raises(GateRefused, match="waits for a person: `trivium approve` or `trivium reject`"):
+        publish(released, tmp_path / "out", with_warnings=True)
+    plan = released.plan()
+    [question] = questions(plan)
+    decide(plan, question, "approve", who="Ada <b>", why="the set was *wrong*")
+    publish(released, tmp_path / "out")
+    said = (tmp_path / "out" / CARD).read_text()
+    assert r"**A person decided**: approved by Ada &lt;b&gt; on" in said
+    assert r"the set was \*wrong\*" in said
+    decision = json.loads((tmp_path / "out" / VERDICTS).read_text())["stages"][0]["decision"]
+    assert (decision["answer"], decision["who"]) == ("approve", "Ada <b>")
+
+
+def test_what_a_person_rejected_is_not_published(released, tmp_path):
+    released.edit(("at_most: 2, confidence: null}]", "at_most: 1, confidence: null}]\n    on_gate_failure: approve"))
+    plan = released.plan()
+    decide(plan, questions(plan)[0], "reject", who="Ada", why="no")
+    with pytest.raises(GateRefused, match="rejected by Ada on"):
+        publish(released, tmp_path / "out", with_warnings=True)

@@ -398,3 +398,5 @@ def test_a_published_release_is_what_was_released_and_its_card_says_what_the_sta
         assert f"{record['masks']['tokens']} tokens, {record['masks']['trained_tokens']} of them trained on" in text
     assert f"| {chain.steps[3].evaluation('domain').measure(None).value:.4g} (" in text
     assert str(chain.folder) not in text
+    assert text.count("Duplicates: ") == 3
+    assert "Overlap with the evaluation rows of domain: " in text
