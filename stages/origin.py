@@ -13,8 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from specs.model import ModelSpec
 from specs.paths import HubId, License
-from stages.documents import read_object
-from stages.errors import InvalidInput
 
 CARD = "README.md"
 """The model card of a checkpoint, here and on the hub."""
@@ -31,7 +29,7 @@ class Origin:
     """What is known of a base model; None where it is not."""
 
     hub: str | None = None
-    """Its id on the hub."""
+    """Its id on the hub. The name in a config is not believed: a relative path looks the same."""
     license: str | None = None
     """As the hub spells it: apache-2.0, llama3.1, other."""
     license_name: str | None = None
@@ -57,8 +55,7 @@ def origin_of(spec: ModelSpec, folder: Path, card: Path | None = None) -> Origin
     if spec.gguf is not None:
         found = _of_gguf(folder / spec.gguf)
     elif spec.path is not None or card is not None:
-        place = folder / str(spec.path)
-        found = _of_card(card if card is not None else place / CARD) or Origin(hub=_of_config(place / "config.json"))
+        found = _of_card(card if card is not None else folder / str(spec.path) / CARD) or found
     hub = spec.origin or spec.hub or found.hub
     if spec.license is not None:
         return Origin(hub=hub, license=spec.license, said_by="the spec")
@@ -85,15 +82,6 @@ def _stated(said: dict[str, Any], key: str, where: str, hub: object = None) -> O
     licensed = _valid(_LICENSE, said.get(key))
     name, link = (_line(said.get(f"{key}_{part}")) for part in ("name", "link"))
     return Origin(_valid(_ID, hub), licensed, name, link, where if licensed else None)
-
-
-def _of_config(config: Path) -> str | None:
-    """The id that a checkpoint was loaded from when it was saved; a path of somebody's machine is none."""
-    try:
-        named = read_object(config).get("_name_or_path")
-    except InvalidInput:
-        return None
-    return _valid(_ID, named) if not (isinstance(named, str) and Path(named).exists()) else None
 
 
 def _of_gguf(file: Path) -> Origin:
