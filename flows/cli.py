@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from flows.approval import approve, reject
+from flows.diagnose import diagnose
 from flows.model_commands import adapters, chat, combine, publish, scan
 from flows.project import ARTIFACTS, DEFAULT_SPEC, Place, Root, SpecFile, root_of
 from stages.errors import InvalidInput, TriviumError, TryAgain
@@ -31,7 +32,7 @@ app = App(
 
 _unheard = False  # whether the Prefect server was gone when the run ended
 
-for command in (approve, reject, scan, chat, adapters, combine, publish):
+for command in (approve, reject, scan, chat, adapters, combine, diagnose, publish):
     app.command(command)
 
 

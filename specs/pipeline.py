@@ -96,6 +96,8 @@ class PipelineSpec(Spec, Generic[StageT]):
     """Seed of every stage that has none of its own."""
     metrics: dict[Slug, MetricSpec] = {}
     """Measured on the base and after every stage, by name."""
+    diagnostics: Literal["spectra", "norms", "off"] = "spectra"
+    """What is kept of how training changed the weights: `norms` leaves out what needs singular values."""
     stages: Annotated[tuple[SerializeAsAny[StageT], ...], Field(min_length=1)]
     """In order; each starts from what the one before published."""
 

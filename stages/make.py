@@ -6,6 +6,7 @@ Read `make_stage` top to bottom: it is the whole life of a stage, from its start
 import gc
 import resource
 import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from stages.count import refuse_later_stages
 from stages.data import tell_what_was_left_out
 from stages.data_limits import judged, summary
 from stages.data_report import DATA_REPORT, Material, kept_or_made
+from stages.diagnostics import update as diagnostics
+from stages.diagnostics.stage import diagnose_stage
 from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.identity import TRAINING_LIBRARIES, require_same_inputs, versions
@@ -106,6 +109,7 @@ def make_stage(
         details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
         write_json(output / "training.json", details)
         write_json(output / DATA_REPORT, report)
+        _diagnose(job, parent, output, prepared.record)
         _draw(output, training, prepared.record)
         curve = training.pop("curve")
         record = {
@@ -137,6 +141,22 @@ def _reported(material: Material, file: Path, job: Job) -> dict[str, Any]:
         info(f"warning: {line}")
     judged(report, job.stage)
     return report
+
+
+def _diagnose(job: Job, parent: Artifact, output: Path, record: dict[str, Any]) -> None:
+    """Keep what training did to the weights; a stage that is trained and merged is never lost over it."""
+    depth = job.pipeline.diagnostics
+    if depth == "off":
+        return
+    began = time.monotonic()
+    try:
+        found = diagnose_stage(job.name, job.stage.method, record, parent, output / MODEL, depth)
+        write_json(output / diagnostics.FILE, found)
+    except Exception as error:  # whatever it is: memory, an architecture that is split in another way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        info(f"diagnostics of {job.name} are left out: {reason}; `trivium diagnose` tries again")
+        return
+    info(diagnostics.in_words(job.name, found) + f" ({time.monotonic() - began:.0f} s to find out)")
 
 
 def _hand_over(

@@ -1,0 +1,191 @@
+"""What one stage changed: its start against what it published."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages.diagnostics import matrix as one_matrix
+from stages.diagnostics.weights import Weights, of_checkpoint
+from stages.layout import Key
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "diagnostics.json"
+FORMAT = 1
+Depth = Literal["spectra", "norms"]
+
+
+@dataclass
+class _Sums:
+    """Squared norms, added up."""
+
+    update: float = 0.0
+    start: float = 0.0
+    layers: dict[str, float] = field(default_factory=dict)
+    types: dict[str, float] = field(default_factory=dict)
+    outside: float = 0.0
+    unplanned: float = 0.0
+
+    def record(self) -> dict[str, float]:
+        norm = math.sqrt(self.update)
+        return {"norm": norm, "relative_norm": norm / math.sqrt(self.start) if self.start else 0.0}
+
+
+def diagnose(before: Weights, after: Path, depth: Depth, planned: frozenset[Key] | None = None) -> dict[str, Any]:
+    """Compare what was trained from with what was published.
+
+    Args:
+        before: the weights that training began with.
+        after: the plain checkpoint that came of it.
+        depth: `norms` leaves out ranks, singular values and intruders, which need decompositions.
+        planned: the matrices that the method selected; None where it selects none.
+
+    Returns:
+        The document that `stages.diagnostics` describes, without ``rounding`` and ``lineage``.
+    """
+    tuned = of_checkpoint(after)
+    sums, rows, unchanged = _Sums(), [], 0
+    for key in sorted(before.matrices.keys() & tuned.matrices.keys(), key=_in_order(tuned)):
+        row = _matrix_row(before, tuned, key, depth, sums)
+        if row is None:
+            unchanged += 1
+            continue
+        square = row["norm"] ** 2
+        layer, kind, _ = key
+        sums.layers[str(layer)] = sums.layers.get(str(layer), 0.0) + square
+        sums.types[kind] = sums.types.get(kind, 0.0) + square
+        if planned is not None:
+            row["planned"] = key in planned
+            sums.unplanned += 0.0 if row["planned"] else square
+        rows.append(row)
+    others = [row for name in tuned.others if (row := _other_row(before, tuned, name, sums)) is not None]
+    return {
+        "format": FORMAT,
+        "depth": depth,
+        "reason": None,
+        "against": "start",
+        "intruders": {"k": one_matrix.TOP, "epsilon": one_matrix.EPSILON},
+        "matrices": rows,
+        "others": others,
+        "unchanged": unchanged,
+        "layers": _shares(sums.layers, sums.update),
+        "types": _shares(sums.types, sums.update),
+        "outside": sums.outside / sums.update if sums.update else 0.0,
+        "unplanned": None if planned is None else sums.unplanned / sums.update if sums.update else 0.0,
+        **sums.record(),
+        "rounding": None,
+    }
+
+
+def nothing(reason: str, depth: Depth) -> dict[str, Any]:
+    """The document of a stage that leaves no weights of its own to compare."""
+    return {"format": FORMAT, "depth": depth, "reason": reason, "against": "start", "matrices": [], "others": []}
+
+
+def distance(before: Weights, after: Weights) -> dict[str, float]:
+    """Frobenius norm of the difference of two models, and its share of the first one's."""
+    sums = _Sums()
+    for key in before.matrices.keys() & after.matrices.keys():
+        start = before.matrix(key)
+        sums.update += _square(after.matrix(key) - start)
+        sums.start += _square(start)
+    for name in set(before.others) & set(after.others):
+        _other_row(before, after, name, sums)
+    return sums.record()
+
+
+def selected_in(method_record: Mapping[str, Any]) -> frozenset[Key] | None:
+    """The matrices that Spectrum chose, from the record that it keeps; None for another method."""
+    table: Iterable[Mapping[str, Any]] | None = method_record.get("spectrum")
+    if table is None:
+        return None
+    return frozenset((row["layer"], row["type"], row.get("expert")) for row in table if row["selected"])
+
+
+def _matrix_row(before: Weights, tuned: Weights, key: Key, depth: Depth, sums: _Sums) -> dict[str, Any] | None:
+    start, end = before.matrix(key), tuned.matrix(key)
+    own = _square(start)
+    sums.start += own
+    update = end - start
+    square = _square(update)
+    if square == 0.0:
+        return None
+    sums.update += square
+    matrix = tuned.matrices[key]
+    row = {
+        "name": matrix.module,
+        "layer": matrix.layer,
+        "type": matrix.type,
+        "expert": matrix.expert,
+        "shape": list(end.shape),
+        "planned": None,
+        "norm": math.sqrt(square),
+        "relative_norm": math.sqrt(square / own) if own else None,
+        "stable_rank": None,
+        "effective_rank": None,
+        "rank_estimated": False,
+        "singular_values": [],
+        "intruders": None,
+    }
+    if depth == "spectra" and math.isfinite(square):
+        found = one_matrix.spectrum(update, one_matrix.rounding_of(end))
+        row |= {
+            "stable_rank": found.stable_rank,
+            "effective_rank": found.effective_rank,
+            "rank_estimated": found.estimated,
+            "singular_values": list(found.values),
+            "intruders": one_matrix.intruders(start, end),
+        }
+    return row
+
+
+def _other_row(before: Weights, tuned: Weights, name: str, sums: _Sums) -> dict[str, Any] | None:
+    """What training did to a vector or an embedding; one that the start has not is all update (BitFit's biases)."""
+    import torch
+
+    end = tuned.other(name)
+    start = before.other(name) if name in before.others else torch.zeros_like(end)
+    if start.shape != end.shape:
+        return None  # an embedding that was resized is another table
+    own = _square(start)
+    sums.start += own
+    square = _square(end - start)
+    if square == 0.0:
+        return None
+    sums.update += square
+    sums.outside += square
+    return {"name": name, "norm": math.sqrt(square), "relative_norm": math.sqrt(square / own) if own else None}
+
+
+def _square(tensor: "torch.Tensor") -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _shares(squares: Mapping[str, float], whole: float) -> dict[str, float]:
+    return {name: square / whole for name, square in squares.items()}
+
+
+def _in_order(weights: Weights) -> Any:
+    places = {key: place for place, key in enumerate(weights.matrices)}
+    return places.__getitem__
+
+
+def in_words(name: str, found: Mapping[str, Any]) -> str:
+    """One line for people: how much moved, in how many directions, and what is new."""
+    if found["reason"] is not None:
+        return f"update of {name}: {found['reason']}"
+    rows = found["matrices"]
+    parts = [f"{100 * found['relative_norm']:.2g}% of the weights' norm in {len(rows)} matrices"]
+    ranks = sorted(row["effective_rank"] for row in rows if row["effective_rank"] is not None)
+    if ranks:
+        parts.append(f"effective rank {ranks[len(ranks) // 2]:.3g} (median)")
+    told = [row["intruders"] for row in rows if row["intruders"] is not None]
+    if told:
+        looked = found["intruders"]["k"] * len(told)
+        parts.append(f"{sum(told)} intruders among {looked} leading directions")
+    return f"update of {name}: {', '.join(parts)}"
