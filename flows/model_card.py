@@ -15,7 +15,7 @@ from flows.markdown import code, fence, prose, without_places
 from flows.summary import counted
 from specs.base import fingerprint
 from specs.load import SpecError
-from specs.metric import LmEvalSpec
+from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.secrets import redact
 from stages.approval import decision_on, question_of
 from stages.artifact import CARD, Artifact, short
@@ -236,12 +236,19 @@ def _lines(settings: dict[str, Any], indent: str = "") -> str:
     return "\n".join(found)
 
 
+def _measured_on(plan: Plan, spec: MetricSpec) -> str:
+    """The task or the rows; a judge's are those of the answers that it reads."""
+    if isinstance(spec, JudgeSpec):
+        return _measured_on(plan, plan.pipeline.metrics[spec.answers])
+    return spec.task if isinstance(spec, LmEvalSpec) else spec.data.label
+
+
 def _measured(plan: Plan) -> list[dict[str, Any]]:
     """Each metric's own choice of a measure, and what gates name, at both ends of the chain: a row each."""
     rows = []
     for metric, spec in plan.pipeline.metrics.items():
         first, last = plan.steps[0].evaluation(metric), _last_evaluation(plan, metric)
-        data = spec.task if isinstance(spec, LmEvalSpec) else spec.data.label
+        data = _measured_on(plan, spec)
         for name in _measures(plan, metric, last):
             before = None if first is None else first.measure(name)
             after = None if last is None else last.measure(name)

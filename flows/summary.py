@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specs.metric import JudgeSpec
 from stages.approval import questions, standing
 from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
+from stages.metrics.ranking import Comparison, Ranked, ranking
 from stages.plan import RELEASE, Plan, Step
 
 _ABSENT = "–"
@@ -16,6 +18,7 @@ _EXTRA_MEASURES = {
     "reward_accuracy": ("reward_margin", "policy_accuracy", "length_bias"),
     "distinct_2": _ANSWERS,
     "chrf": ("exact_match", "distinct_2", *_ANSWERS),
+    "win_rate": ("tie_rate", "consistency"),
 }
 """What stands in the table beneath a metric's own choice, where it was measured."""
 
@@ -41,7 +44,12 @@ class Summary:
 def summarise(plan: Plan) -> Summary:
     """The table of everything that is published of a pipeline."""
     steps = [step for step in plan.steps if step.name != RELEASE]
-    rows = [row for metric in plan.pipeline.metrics for row in _metric_rows(metric, steps)]
+    ranked = rankings(plan)
+    rows = [
+        row
+        for metric in plan.pipeline.metrics
+        for row in [*_metric_rows(metric, steps), *_elo_rows(metric, ranked.get(metric, ()), steps)]
+    ]
     tried = [step for step in plan.named if step.artifact is not None and not step.missing]
     tried.sort(key=lambda step: (step.order, step.attempt))
     judged = tuple((step.title, verdict) for step in tried for verdict in plan.verdicts(step))
@@ -58,6 +66,31 @@ def summarise(plan: Plan) -> Summary:
         release=released,
         decisions=tuple((asked.step.title, standing(asked)) for asked in questions(plan)),
     )
+
+
+def rankings(plan: Plan) -> dict[str, tuple[Ranked, ...]]:
+    """What each judge's comparisons come to on one scale, the base being its anchor; by metric."""
+    found = {}
+    for metric, spec in plan.pipeline.metrics.items():
+        if isinstance(spec, JudgeSpec):
+            compared = [one for step in plan.steps if (one := _comparison(plan, step, metric, spec)) is not None]
+            found[metric] = ranking([step.name for step in plan.steps], compared)
+    return found
+
+
+def _comparison(plan: Plan, step: Step, metric: str, spec: JudgeSpec) -> Comparison | None:
+    evaluation, other = step.evaluation(metric), plan.step(spec.against, step)
+    if evaluation is None or other is None:
+        return None
+    return Comparison(step.name, other.name, tuple(sample["points"] for sample in evaluation.samples))
+
+
+def _elo_rows(metric: str, ranked: tuple[Ranked, ...], steps: list[Step]) -> list[tuple[str, ...]]:
+    if not ranked:
+        return []
+    shown = {one.model: f"{one.elo:.0f}" for one in ranked[:1]}
+    shown |= {one.model: f"{one.elo:.0f} ({one.low:.0f} to {one.high:.0f})" for one in ranked[1:]}
+    return [(f"{metric} · Elo", *(shown.get(step.name, _ABSENT) for step in steps))]
 
 
 def _metric_rows(metric: str, steps: list[Step]) -> list[tuple[str, ...]]:

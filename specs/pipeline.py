@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Annotated, Any, Generic, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, ValidationError
 
@@ -103,7 +103,14 @@ class PipelineSpec(Spec, Generic[StageT]):
 
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts: each with its place in the spec and a message."""
-        return [*self._stage_names(), *self._gate_references(), *self._chat_stages(), *self._shares(), *self._changes()]
+        return [
+            *self._stage_names(),
+            *self._gate_references(),
+            *self._chat_stages(),
+            *self._judges(),
+            *self._shares(),
+            *self._changes(),
+        ]
 
     def placed_stages(self) -> Iterator[tuple[Location, StageT]]:
         """Every stage at its place and, after it, its further attempts, each at the place of the change that makes it.
@@ -172,6 +179,25 @@ class PipelineSpec(Spec, Generic[StageT]):
     def _result(self, stage: StageT) -> tuple[Any, ...]:
         """What of a stage decides what is made of it; paths, because a file's content is not known here."""
         return identity_fields(stage), self.seed_of(stage), [source.path for source in stage.data]
+
+    def _judges(self) -> Iterator[tuple[Location, str]]:
+        generations = [name for name, metric in self.metrics.items() if metric.kind == "generation"]
+        known = [BASE, PREVIOUS, *(stage.name for stage in self.stages)]
+        for name, metric in self.metrics.items():
+            if metric.kind != "judge":
+                continue
+            if metric.answers not in generations:
+                yield ("metrics", name, "answers"), _unknown("metric of kind generation", metric.answers, generations)
+            if metric.against not in known:
+                yield ("metrics", name, "against"), _unknown("step", metric.against, known)
+                continue
+            earlier = {BASE, PREVIOUS}
+            for number, stage in enumerate(self.stages):
+                for gate_number, gate in enumerate(stage.gates):
+                    if gate.metric_name == name and metric.against not in earlier:
+                        where = ("stages", number, "gates", gate_number, "metric")
+                        yield where, f"metric {name} compares with stage {metric.against}, which comes no earlier"
+                earlier.add(stage.name)
 
     def _chat_stages(self) -> Iterator[tuple[Location, str]]:
         known = [BASE, *(stage.name for stage in self.stages)]

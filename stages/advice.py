@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specs.load import Document, Problem
-from specs.metric import LmEvalSpec, MetricSpec
+from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.pipeline import Location
 from stages.data import SAMPLE, Count, read_source
 from stages.depth import predictors
@@ -122,6 +122,7 @@ def warnings(pipeline: Pipeline, document: Document, base: Path | None = None) -
 def undecisive(pipeline: Pipeline, document: Document) -> list[Problem]:
     """The metrics that no gate uses. They stand in the report, which may be all that is wanted: `validate` asks."""
     gated = {gate.metric_name for stage in pipeline.stages for gate in stage.gates}
+    gated |= {metric.answers for metric in pipeline.metrics.values() if isinstance(metric, JudgeSpec)}
     return [
         document.problem(
             ("metrics", name),

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specs.model import ModelSpec
 from stages import probe
 from stages.artifact import MODEL, MODEL_FILES
 from stages.errors import InvalidInput
@@ -32,8 +33,33 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
     """
     import torch
 
-    spec, folder = job.pipeline.model, Path(job.folder)
-    place = work / MODEL
+    spec = job.pipeline.model
+    place, card = plain_checkpoint(spec, Path(job.folder), work / MODEL)
+    model = load_plain(place, torch.float32)
+    load_tokenizer(place)
+    _refuse_quantised(model, place)
+    if broken := not_finite(model):
+        raise InvalidInput(f"{place}: the base holds inf or nan in {broken}; fetch or copy its files anew")
+    ids = probe.probe_ids(model)
+    probe.record(work, ids, probe.plain_logits(model, ids))
+    record: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "origin": origin_of(spec, Path(job.folder), card).as_record(),
+    }
+    if place.parent != work:
+        record["model_path"] = str(place)
+    return model, record
+
+
+def plain_checkpoint(spec: ModelSpec, folder: Path, place: Path) -> tuple[Path, Path | None]:
+    """A model as the spec names it: brought to ``place``, unless it is a folder and nothing is laid over.
+
+    Returns:
+        Its folder, and the card that came with it from the hub.
+
+    Raises:
+        InvalidInput: it cannot be read or fetched, or its chat template may not be used.
+    """
     card = None
     if spec.gguf is not None:
         convert_gguf(folder / spec.gguf, place)
@@ -53,20 +79,7 @@ def prepare_base(job: Job, work: Path) -> tuple["PreTrainedModel", dict[str, Any
         tokenizer.save_pretrained(place)
     for file, text in folder_templates(place):
         check_template(file, text, spec.template_date)
-    model = load_plain(place, torch.float32)
-    load_tokenizer(place)
-    _refuse_quantised(model, place)
-    if broken := not_finite(model):
-        raise InvalidInput(f"{place}: the base holds inf or nan in {broken}; fetch or copy its files anew")
-    ids = probe.probe_ids(model)
-    probe.record(work, ids, probe.plain_logits(model, ids))
-    record: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "origin": origin_of(spec, folder, card).as_record(),
-    }
-    if place.parent != work:
-        record["model_path"] = str(place)
-    return model, record
+    return place, card
 
 
 def _snapshot(hub: str, revision: str, beside: list[str]) -> Path:

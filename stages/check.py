@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from specs.data import DataSpec
 from specs.load import Document, Problem, SpecError
 from specs.load import read as read_document
-from specs.metric import LmEvalSpec, MetricSpec
+from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from specs.train import Optimizer
@@ -25,6 +26,7 @@ from stages.evaluate import measure_names
 from stages.files import Found, check_method, check_metric, check_model, check_source, missing
 from stages.layout import Layout, read_layout
 from stages.methods import Method
+from stages.metrics.endpoint import missing_key
 from stages.metrics.installed import is_offline, not_here
 from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline, Stage
@@ -123,8 +125,12 @@ def _measure_problem(metric: MetricSpec, name: str, measure: str | None, folder:
 
 
 def _beyond_reach(pipeline: Pipeline) -> Found:
-    """Tasks whose rows would have to be fetched where the environment forbids it."""
+    """Judges whose key is not here, and tasks whose rows would have to be fetched where the environment forbids it."""
     found: Found = []
+    for name, metric in pipeline.metrics.items():
+        if isinstance(metric, JudgeSpec) and metric.endpoint is not None:
+            problem = missing_key(metric.endpoint, os.environ)
+            found += [] if problem is None else [(("metrics", name, "endpoint", "key"), problem)]
     if not is_offline():
         return found
     for name, metric in pipeline.metrics.items():

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from specs.metric import GenerationSpec, LmEvalSpec, MetricSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PerplexitySpec, PreferenceSpec
 from stages.documents import read_sealed, write_sealed
-from stages.errors import InvalidInput
+from stages.errors import InvalidInput, StageFailed
 from stages.measure import Measure
-from stages.metrics import generation, harness, perplexity, preference
+from stages.metrics import generation, harness, judge, perplexity, preference
 from stages.metrics.results import measure_name
 from stages.model import set_stop_tokens
 
@@ -37,7 +37,8 @@ class Evaluation:
     """Of preference pairs: what the next stage refers to."""
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """Of generation: each prompt, the answer, the reference. As the model wrote them: who shows them escapes them."""
+    """Of generation: each prompt, the answer, the reference; of a judge, both answers and its letters.
+    As the model wrote them: who shows them escapes them."""
 
     def measure(self, name: str | None) -> Measure | None:
         """The named measure, or the default one; None where it was not measured."""
@@ -48,6 +49,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "perplexity": perplexity.MEASURES,
     "preference": preference.MEASURES,
     "generation": generation.MEASURES,
+    "judge": judge.MEASURES,
 }
 """The measures of each kind of metric, in the order of tables; those of a harness task are the task's."""
 VERSIONS = {
@@ -55,6 +57,7 @@ VERSIONS = {
     "preference": preference.VERSION,
     "generation": generation.VERSION,
     "lm_eval": harness.VERSION,
+    "judge": judge.VERSION,
 }
 """What a change of a kind's measures raises: evaluations of another version are measured again."""
 _KEPT = TypeAdapter(Evaluation)
@@ -72,7 +75,7 @@ def measure_names(spec: MetricSpec, folder: Path) -> tuple[str, ...] | None:
 
 
 def evaluate(
-    spec: MetricSpec,
+    spec: PerplexitySpec | PreferenceSpec | GenerationSpec | LmEvalSpec,
     name: str,
     folder: Path,
     model: Any,
@@ -114,6 +117,31 @@ def evaluate(
             default = measure_name(spec.metric)
             measures, shown = harness.measure(spec, folder, model, tokenizer, chat_template=chat_template)
     return Evaluation(measures, default, shown, kept, round(time.monotonic() - started, 3), samples)
+
+
+def evaluate_answers(
+    spec: JudgeSpec, name: str, ours: Evaluation | None, theirs: Evaluation | None, ask: judge.Ask
+) -> Evaluation:
+    """Let a judge compare two models by the answers that were kept of them.
+
+    Args:
+        spec: the metric as the spec has it.
+        name: what the spec calls it.
+        ours: what the generation metric found on this model.
+        theirs: and on the other one.
+        ask: the judge.
+
+    Raises:
+        StageFailed: answers are missing, or the judge cannot be read.
+    """
+    if ours is None or theirs is None:
+        raise StageFailed(
+            f"metric {name}: the answers of {'this model' if ours is None else spec.against} (metric {spec.answers}) "
+            "are not there or are damaged; run again, they are then measured first"
+        )
+    started = time.monotonic()
+    measures, shown, samples = judge.compare(spec, name, ours.samples, theirs.samples, ask)
+    return Evaluation(measures, judge.DEFAULT, shown, {}, round(time.monotonic() - started, 3), samples)
 
 
 @contextmanager

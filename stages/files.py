@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specs.data import DataSpec
-from specs.metric import GenerationSpec, LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
@@ -116,7 +116,12 @@ def check_source(
 
 def check_metric(metric: MetricSpec, place: Location, folder: Path, limit: int | None, found: Found) -> None:
     """Look at the held-out rows of a metric, or at the files of its task; see `check_source`."""
-    if not isinstance(metric, LmEvalSpec):
+    if isinstance(metric, JudgeSpec):
+        if metric.model is not None:
+            own: Found = []
+            check_model(metric.model, folder, own)
+            found += [((*place, *where), message) for where, message in own]
+    elif not isinstance(metric, LmEvalSpec):
         schema = any_scored_row
         if isinstance(metric, PreferenceSpec):
             schema = preference_row

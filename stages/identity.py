@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
-from specs.metric import LmEvalSpec, MetricSpec
+from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import BASE
 from stages.artifact import model_files, sha256
@@ -149,6 +149,22 @@ def base_identity(pipeline: Pipeline, folder: Path, digest: Digests) -> dict[str
     }
 
 
+def model_digests(spec: ModelSpec, folder: Path, digest: Digests) -> dict[str, Any]:
+    """What identifies a model beside the base, such as a judge: its files by content, and how it is put to use.
+
+    Raises:
+        InvalidInput: a file is missing, or the folder is no model.
+    """
+    template = spec.chat_template
+    return {
+        "files": [digest(file) for file in base_files(spec, folder)],
+        "hub": None if spec.hub is None else f"{spec.hub}@{spec.revision}",
+        "dtype": spec.dtype,
+        "chat_template": None if template is None else digest(folder / template),
+        "template_date": None if spec.template_date is None else spec.template_date.isoformat(),
+    }
+
+
 def stage_identity(
     pipeline: Pipeline, stage: ObjectiveSpec, parent: str, folder: Path, digest: Digests
 ) -> dict[str, Any]:
@@ -246,6 +262,8 @@ def metric_digests(spec: MetricSpec, folder: Path, digest: Callable[[Path], str]
     Raises:
         InvalidInput: a file is missing.
     """
+    if isinstance(spec, JudgeSpec):
+        return []  # the answers that it reads are named by their evaluations
     if not isinstance(spec, LmEvalSpec):
         return digests(spec.data, folder, digest)
     if not is_task_file(spec.task):

@@ -24,7 +24,7 @@ LEAST_DOUBT = 1 / (RESAMPLES + 1)
 """1 - confidence below which the bound would lie beyond every resample."""
 SEED = 17
 BLOCKS = 1000
-"""Examples beyond this are summed in so many blocks, and blocks are resampled: as valid, and of bounded cost."""
+"""Examples beyond this are summed in so many drawn blocks, and blocks are resampled: as valid, and of bounded cost."""
 FEWEST = 20
 """Examples that differ, below which a bootstrap is not believed: so few do not show what their spread is."""
 POWER = 0.8
@@ -195,10 +195,12 @@ def _root(function: Callable[[float], float], above: float, below: float) -> flo
 
 
 def _blocks(values: "Floats") -> "Floats":
+    """Sums over blocks of examples. Which ones share a block is drawn: neighbours in a file may be alike by design."""
     import numpy as np
 
     if len(values) <= BLOCKS:
         return values
+    values = values[np.random.default_rng((SEED, len(values))).permutation(len(values))]
     return np.add.reduceat(values, np.linspace(0, len(values), BLOCKS, endpoint=False).astype(int))
 
 

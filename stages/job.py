@@ -26,7 +26,9 @@ class Measurement(Spec):
     chat_template: bool
     """Whether a harness task is put as a user's turn."""
     reference: str | None
-    """The evaluation file of the stage's start, for preferences."""
+    """The evaluation file of another model: of the stage's start, for preferences; of whom a judge compares with."""
+    answers: str | None = None
+    """The evaluation file of this model's answers, for a judge."""
 
 
 class Job(Spec):

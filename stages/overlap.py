@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specs.data import FORMATS, DataSpec
-from specs.metric import GenerationSpec, LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PreferenceSpec
 from specs.printable import printable_line
 from stages.data import Line, read_lines
 from stages.errors import InvalidInput
@@ -167,6 +167,8 @@ def _examples(metric: MetricSpec, folder: Path) -> Iterator[tuple[Line, Row]]:
     Raises:
         InvalidInput: it is not in files here, or they cannot be read.
     """
+    if isinstance(metric, JudgeSpec):
+        return  # its prompts are those of the metric that it reads
     if not isinstance(metric, LmEvalSpec):
         schema = any_scored_row
         if isinstance(metric, PreferenceSpec):

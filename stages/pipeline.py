@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from specs.load import Document, SpecError, read
+from specs.metric import JudgeSpec, LmEvalSpec
 from specs.pipeline import Location, PipelineSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
@@ -31,10 +32,11 @@ class Pipeline(PipelineSpec[Stage]):
         """Whether nothing in the spec is on the Hugging Face hub, so that no process of it has to reach the network."""
         metrics = list(self.metrics.values())
         sources = [source for _, stage in self.placed_stages() for source in stage.data]
-        sources += [metric.data for metric in metrics if metric.kind != "lm_eval"]
+        sources += [metric.data for metric in metrics if not isinstance(metric, LmEvalSpec | JudgeSpec)]
         tasks = [metric.task for metric in metrics if metric.kind == "lm_eval"]
         named = any(source.hub is not None for source in sources) or not all(map(is_task_file, tasks))
-        return self.model.hub is None and not named
+        judges = [metric.model for metric in metrics if metric.kind == "judge" and metric.model is not None]
+        return not any(model.hub is not None for model in (self.model, *judges)) and not named
 
     def _methods(self) -> Iterator[tuple[Location, str]]:
         for place, stage in self.placed_stages():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
-from specs.metric import PreferenceSpec
+from specs.metric import JudgeSpec, PreferenceSpec
 from specs.pipeline import BASE, PREVIOUS, Attempt
 from stages import checkpoint, evaluate
 from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short
@@ -19,6 +19,7 @@ from stages.identity import (
     base_identity,
     changes,
     metric_digests,
+    model_digests,
     stage_identity,
     versions,
     work_key,
@@ -308,8 +309,10 @@ class _Planner:
         return "changed: " + "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
     def _measurements(self, name: str, place: Path, key: str) -> tuple[Measurement, ...]:
-        found = []
+        found: list[Measurement] = []
         for metric, spec in self.pipeline.metrics.items():
+            if isinstance(spec, JudgeSpec):
+                continue
             chat = getattr(spec, "chat_template", False)
             applied = chat if isinstance(chat, bool) else name in chat
             reference = self._reference(metric) if isinstance(spec, PreferenceSpec) else None
@@ -334,7 +337,39 @@ class _Planner:
                     reference=reference,
                 )
             )
-        return tuple(found)
+        judged = [self._judged(name, place, key, metric, found) for metric in self.pipeline.metrics]
+        return (*found, *(one for one in judged if one is not None))
+
+    def _judged(self, step: str, place: Path, key: str, metric: str, found: list[Measurement]) -> Measurement | None:
+        """The comparison of a step's answers with another's; None where there is no other, or it is no judge's."""
+        spec = self.pipeline.metrics[metric]
+        if not isinstance(spec, JudgeSpec) or not self.steps:
+            return None
+        other = (
+            self.steps[-1]
+            if spec.against == PREVIOUS
+            else next((s for s in self.steps if s.name == spec.against), None)
+        )
+        if other is None or other.name == step:
+            return None
+        ours = next(one for one in found if one.metric == spec.answers)
+        theirs = next(one for one in other.measurements if one.metric == spec.answers)
+        identity = {
+            "model": key,
+            "metric": identity_fields(spec),
+            "judge": None if spec.model is None else model_digests(spec.model, self.folder, self.digest),
+            "answers": [fingerprint(ours.identity), fingerprint(theirs.identity)],
+            "versions": versions(MEASURING_LIBRARIES),
+            "code": evaluate.VERSIONS[spec.kind],
+        }
+        return Measurement(
+            metric=metric,
+            file=str(place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json"),
+            identity=identity,
+            chat_template=False,
+            reference=theirs.file,
+            answers=ours.file,
+        )
 
     def _reference(self, metric: str) -> str | None:
         if not self.steps:

@@ -11,13 +11,15 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specs.metric import JudgeSpec
 from specs.pipeline import BASE
-from stages import heartbeat
+from stages import evaluate, heartbeat
 from stages.artifact import Artifact, read, verified
 from stages.documents import make_folder
 from stages.errors import TriviumError
 from stages.faults import explain
-from stages.job import STAGE, Job, read_job
+from stages.job import STAGE, Job, Measurement, read_job
+from stages.judging import judge_of
 from stages.lock import exclusive
 from stages.log import event, open_channel, phase, phase_at_work
 from stages.make import make_base, make_release, make_stage, peak_memory
@@ -50,26 +52,30 @@ def run_job(job: Job, preemption: Preemption | None = None) -> Artifact:
             made, artifact = make(job, work, durations, preemption)
         if job.measurements:
             with phase("evaluate", durations):
-                _measure(job, artifact, made)
+                judged = [one for one in job.measurements if one.answers is not None]
+                if own := [one for one in job.measurements if one.answers is None]:
+                    _measure(job, own, artifact, made)
+                made = None  # a judge may be as large
+                _let_judges_compare(job, judged)
     event("finished", artifact=str(artifact.path), durations=durations, peak_memory=peak_memory())
     return artifact
 
 
-def _measure(job: Job, artifact: Artifact, model: "torch.nn.Module | None") -> None:
+def _measure(job: Job, wanted: list[Measurement], artifact: Artifact, model: "torch.nn.Module | None") -> None:
     """Measure in the precision of the release, so that what gates judge is what people get."""
     import torch
-
-    from stages import evaluate
 
     tokenizer = load_tokenizer(artifact.model)
     dtype = getattr(torch, job.pipeline.model.dtype)
     if model is None:
         model, _ = assemble(verified(artifact).model, artifact.adapter, dtype)
     model = model.to(device=training_device(), dtype=dtype).eval()
-    for one in job.measurements:
+    for one in wanted:
+        spec = job.pipeline.metrics[one.metric]
+        assert not isinstance(spec, JudgeSpec)  # noqa: S101 - those read answers
         reference = None if one.reference is None else evaluate.load(Path(one.reference))
         found = evaluate.evaluate(
-            job.pipeline.metrics[one.metric],
+            spec,
             one.metric,
             Path(job.folder),
             model,
@@ -77,9 +83,23 @@ def _measure(job: Job, artifact: Artifact, model: "torch.nn.Module | None") -> N
             chat_template=one.chat_template,
             reference=reference,
         )
-        evaluate.save(found, Path(one.file), one.identity)
-        chosen = found.measure(None)
-        event("measured", metric=one.metric, value=None if chosen is None else chosen.value)
+        _keep(found, one)
+
+
+def _let_judges_compare(job: Job, wanted: list[Measurement]) -> None:
+    """What judges say of answers that were measured before, here and on other steps."""
+    for one in wanted:
+        spec = job.pipeline.metrics[one.metric]
+        assert isinstance(spec, JudgeSpec)  # noqa: S101 - only these read answers
+        ours, theirs = (evaluate.load(Path(str(file))) for file in (one.answers, one.reference))
+        with judge_of(spec, one.metric, Path(job.folder), Path(job.target).parent) as ask:
+            _keep(evaluate.evaluate_answers(spec, one.metric, ours, theirs, ask), one)
+
+
+def _keep(found: evaluate.Evaluation, measurement: Measurement) -> None:
+    evaluate.save(found, Path(measurement.file), measurement.identity)
+    chosen = found.measure(None)
+    event("measured", metric=measurement.metric, value=None if chosen is None else chosen.value)
 
 
 def import_ahead(kind: str) -> None:

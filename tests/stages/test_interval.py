@@ -150,6 +150,13 @@ def test_many_examples_are_resampled_in_blocks_and_come_to_the_same():
         assert end == pytest.approx(found.value + sign * 1.645 * error, abs=0.15 * error)
 
 
+def test_rows_that_repeat_themselves_do_not_hide_their_noise_in_blocks():
+    repeating = np.tile([1.0, 0.0, -1.0, 2.0, -2.0, 0.5], 1000) + 0.01  # six in a block come to the same every time
+    found = resampled(list(repeating), [1.0] * len(repeating), 0.0, 0.95)
+    error = repeating.std() / math.sqrt(len(repeating))
+    assert found.high - found.value == pytest.approx(1.645 * error, rel=0.15)
+
+
 def test_a_library_s_own_error_is_taken_as_normal():
     found = reported(0.4, 0.02, 500, 0.35, 0.95)
     assert (found.low, found.high) == pytest.approx((0.4 - 1.644854 * 0.02, 0.4 + 1.644854 * 0.02))
