@@ -16,7 +16,7 @@ from specs.base import Spec, fingerprint, identity_fields
 from specs.data import DataLimits, DataSpec
 from specs.gate import GateSpec, share
 from specs.load import SpecError, load
-from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import EndpointSpec, JudgeSpec, LmEvalSpec, PerplexitySpec, PreferenceSpec
 from specs.model import ModelSpec
 from specs.train import SMOOTHED_LOSSES, CptTrainSpec, DpoLoss, DpoTrainSpec, IftTrainSpec, TrainSpec
 from stages.methods.base import MethodSpec
@@ -33,7 +33,7 @@ seed: 3
 metrics: {{domain: {{kind: perplexity, data: {{path: data/heldout.jsonl}}, sequence_length: 128}},
   pairs: {{kind: preference, data: {{path: data/pairs.jsonl}}, beta: 0.2}},
   samples: {{kind: generation, data: {{path: data/chats.jsonl}}, temperature: 0.7, top_p: 0.9, chat_template: [base]}},
-  qa: {{kind: lm_eval, task: arc_easy, limit: 7, few_shot: 1, chat_template: [base, answers]}} }}
+  qa: {{kind: lm_eval, task: arc_easy, limit: 7, few_shot: 1, chat_template: [base, answers]}}, taste: {{kind: judge, answers: samples, endpoint: {{url: "http://[::1]/v1", model: m}}}} }}
 stages:
   - name: knowledge
     kind: cpt
@@ -63,7 +63,7 @@ stages:
     method: {{kind: full}}
     data: [{{path: data/chats.jsonl}}]
     train: {{learning_rate: 1e-4, max_steps: 12}}
-"""
+"""  # noqa: E501
 
 # What may change without a result changing. A field that joins this list must not alter what a stage computes.
 NAME_ONLY = {
@@ -73,6 +73,12 @@ NAME_ONLY = {
     "StageSpec.seed": "the plan puts the seed that is used in its place",
     "StageSpec.gates": "judges, never trains",
     "StageSpec.on_gate_failure": "judges, never trains",
+    "JudgeSpec.answers": "the evaluations that are compared are named by what identifies them",
+    "JudgeSpec.against": "the evaluations that are compared are named by what identifies them",
+    "EndpointSpec.key": "who pays, not what is answered",
+    "EndpointSpec.concurrency": "how fast, not what is answered",
+    "EndpointSpec.timeout": "how patient, not what is answered",
+    "EndpointSpec.retries": "how patient, not what is answered",
     "StageSpec.data_limits": "refuses a stage or not; what it trains on is the same",
     "TrainSpec.checkpoint_every": "resuming gives the same result",
     "TrainSpec.keep_checkpoints": "disk space",
@@ -417,11 +423,14 @@ POSITIVE = {
     PerplexitySpec: ("sequence_length", "batch_size"),
     PreferenceSpec: ("beta", "sequence_length", "batch_size"),
     LmEvalSpec: ("limit", "sequence_length", "batch_size"),
+    JudgeSpec: ("limit", "sequence_length", "batch_size"),
+    EndpointSpec: ("concurrency", "timeout"),
 }
 NOT_NEGATIVE = {
     TrainSpec: ("warmup_ratio", "weight_decay"),
     DpoTrainSpec: ("label_smoothing",),
     LmEvalSpec: ("few_shot",),
+    EndpointSpec: ("retries",),
 }
 
 
@@ -684,12 +693,12 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [("metric: pairs", "metric: pair")],
         [
             "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? "
-            "allowed: domain, pairs, samples, qa"
+            "allowed: domain, pairs, samples, qa, taste"
         ],
     ),
     "unknown metric with a measure": (
         [("qa.acc_norm", "zzz.acc_norm")],
-        ["19:10: stages[0].gates[1].metric: no metric 'zzz'; allowed: domain, pairs, samples, qa"],
+        ["19:10: stages[0].gates[1].metric: no metric 'zzz'; allowed: domain, pairs, samples, qa, taste"],
     ),
     "unknown reference": (
         [("keeps: previous", "keeps: perfect")],
@@ -768,7 +777,7 @@ BETWEEN: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [
             "19:31: stages[0].gates[1].keeps: no earlier stage 'x'; allowed: base, previous",
             "30:14: stages[2].gates[0].metric: no metric 'pair'; did you mean 'pairs'? "
-            "allowed: domain, pairs, samples, qa",
+            "allowed: domain, pairs, samples, qa, taste",
             "32:5: stages[3].name: stage name 'answers' is used twice; stage names are unique",
         ],
     ),
