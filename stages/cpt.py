@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from specs.train import CptTrainSpec
+from stages.columns import CHUNK, TokenColumns
 from stages.conversation import end_of_text
 from stages.objective import MaskReport, ObjectiveSpec, RowMask
 from stages.rows import Row, text_row
@@ -37,21 +38,16 @@ class Cpt(ObjectiveSpec):
 
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
         """Documents as token ids, each followed by the end-of-text token; all of it is learned."""
-        from datasets import Dataset
-
         end = end_of_text(tokenizer, self.train.document_end)
-        documents: Any = tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
-        ids = [[*(document[:-1] if document[-1:] == [end] else document), end] for document in documents]
         length = self.train.sequence_length if self.train.packing == "none" else None
-        each = [
-            RowMask(
-                length=len(document),
-                seen=(seen := len(document[:length])),
-                trained=seen,
-                ended=seen == len(document),
-                truncated=seen < len(document),
-            )
-            for document in ids
-        ]
-        report = MaskReport.of(each, tokens=sum(map(len, ids)))
-        return Dataset.from_dict({"input_ids": ids, "labels": ids}), report
+        columns = TokenColumns()
+        each = []
+        for start in range(0, len(rows), CHUNK):
+            documents: Any = tokenizer([row["text"] for row in rows[start : start + CHUNK]], verbose=False)["input_ids"]
+            for document in documents:
+                ids = [*(document[:-1] if document[-1:] == [end] else document), end]
+                columns.add(ids, ids)
+                seen = len(ids[:length])
+                cut = seen < len(ids)
+                each.append(RowMask(length=len(ids), seen=seen, trained=seen, ended=not cut, truncated=cut))
+        return columns.dataset(), MaskReport.of(each, tokens=sum(row.length for row in each))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from specs.train import IftTrainSpec
+from stages.columns import TokenColumns
 from stages.conversation import encode_conversation, turn_terminator
 from stages.finite import IGNORED
 from stages.objective import MaskReport, ObjectiveSpec, RowMask
@@ -37,11 +38,10 @@ class Ift(ObjectiveSpec):
 
     def dataset(self, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple["Dataset", MaskReport]:
         """Conversations as token ids and labels; rows with nothing left to learn are dropped and counted."""
-        from datasets import Dataset
-
         length = self.train.sequence_length
         terminator = turn_terminator(tokenizer)
-        kept_ids, kept_labels, each = [], [], []
+        columns = TokenColumns()
+        each = []
         for row in rows:
             ids, mask = encode_conversation(tokenizer, row["messages"])
             labels = [token if on else IGNORED for token, on in zip(ids[:length], mask[:length], strict=True)]
@@ -49,7 +49,6 @@ class Ift(ObjectiveSpec):
             seen = len(labels) if trained else 0
             each.append(RowMask(len(ids), seen, trained, ended=terminator in labels, truncated=len(ids) > length))
             if trained:
-                kept_ids.append(ids[:length])
-                kept_labels.append(labels)
-        report = MaskReport.of(each, tokens=sum(map(len, kept_ids)), terminator=terminator is not None)
-        return Dataset.from_dict({"input_ids": kept_ids, "labels": kept_labels}), report
+                columns.add(ids[:length], labels)
+        report = MaskReport.of(each, tokens=sum(row.seen for row in each), terminator=terminator is not None)
+        return columns.dataset(), report
