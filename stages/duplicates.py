@@ -71,8 +71,10 @@ def duplicates(rows: Sequence[Row]) -> Duplicates:
         if every > 1 and number % every:
             continue
         searched += 1
+        if not (words := words_of(row)):
+            continue  # signs alone: that none has a word makes no two of them alike
         signature = RMinHash(num_perm=HASHES, seed=_SEED)
-        signature.update(_runs(words_of(row)))
+        signature.update(_runs(words))
         near = [(signatures[one].jaccard(signature), -one) for one in index.query(signature)]
         similarity, place = max(near, default=(0.0, 0))
         if similarity >= THRESHOLD:

@@ -81,6 +81,8 @@ def evaluation_sets(metrics: dict[str, MetricSpec], folder: Path, number: Callab
                     one.sizes.add(_size(words))
                     one.lines.append(line)
                     one.runs.append(runs)
+            if not (one.lines or one.too_short or one.beyond):
+                one.unread = "no examples are where the metric's task looks for them"
         except (InvalidInput, OSError) as error:
             one.unread = printable_line(str(error))[:300]
     return sets

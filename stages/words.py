@@ -20,13 +20,13 @@ def words_of(row: Any) -> list[str]:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            if key != "role":
-                yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
+def _texts(row: Any) -> Iterator[str]:
+    ahead = [row]
+    while ahead:  # a row of strangers may be nested more deeply than calls can be
+        value = ahead.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            ahead += reversed([inner for key, inner in value.items() if key != "role"])
+        elif isinstance(value, (list, tuple)):
+            ahead += reversed(value)

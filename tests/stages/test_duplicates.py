@@ -1,5 +1,6 @@
 """Words as they are compared, and rows that are there twice or nearly."""
 
+import json
 import random
 
 import pytest
@@ -20,6 +21,7 @@ from stages.words import words_of
         ({"text": "한국어 문장"}, ["한국어", "문장"]),
         ({"messages": [{"role": "assistant", "content": "Hi there"}], "n": 3}, ["hi", "there"]),
         ({"text": "?! …"}, []),
+        (json.loads('{"a":' * 900 + '["deep", {"b": "down"}]' + "}" * 900), ["deep", "down"]),
     ],
 )
 def test_words_are_what_is_left_without_case_and_punctuation(row, expected):
@@ -44,6 +46,11 @@ def test_rows_that_differ_in_case_and_punctuation_are_near_and_not_exact():
 def similarity(left: str, right: str) -> float:
     one, other = ({tuple(words[n : n + 5]) for n in range(len(words) - 4)} for words in (left.split(), right.split()))
     return len(one & other) / len(one | other)
+
+
+def test_rows_of_signs_alone_are_the_same_or_not_alike():
+    rows = [{"text": one} for one in ("...", "!!", "?", "!!")]
+    assert [(one.row, one.of, one.exact) for one in duplicates(rows).found] == [(3, 1, True)]
 
 
 def test_near_duplicates_are_those_of_a_jaccard_similarity_above_the_threshold():

@@ -41,17 +41,20 @@ def test_pairs_and_task_files_are_looked_at_too_and_what_cannot_be_is_told(tmp_p
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": words(1, 20), "chosen": "yes", "rejected": "no"}])
     write_rows(tmp_path / "tasks/qa.jsonl", [{"question": words(n, 20), "choices": ["a"]} for n in (2, 3, 4)])
     (tmp_path / "tasks/qa.yaml").write_text(TASK)
+    (tmp_path / "tasks/other.yaml").write_text(TASK.replace("test_split: test", "test_split: other"))
     metrics = {
         "pairs": PreferenceSpec.model_validate({"kind": "preference", "data": {"path": "pairs.jsonl"}}),
         "qa": LmEvalSpec(kind="lm_eval", task="tasks/qa.yaml", limit=2),
         "arc": LmEvalSpec(kind="lm_eval", task="arc_easy"),
         "gone": perplexity("gone.jsonl"),
+        "split": LmEvalSpec(kind="lm_eval", task="tasks/other.yaml"),
     }
     rows = [{"text": f"{words(1, 20)} {words(3, 20)} {words(4, 20)}"}]
-    pairs, qa, arc, gone = overlaps(metrics, tmp_path, rows)
+    pairs, qa, arc, gone, split = overlaps(metrics, tmp_path, rows)
     assert (pairs["judged"], pairs["overlapping"]) == (1, 1)
     assert (qa["examples"], qa["overlapping"], qa["shown"][0]["at"]) == (2, 1, "tasks/qa.jsonl:2")
     assert arc["not_looked_at"] == "the rows of the installed task arc_easy are no files of the spec"
+    assert split["not_looked_at"] == "no examples are where the metric's task looks for them"
     assert gone["not_looked_at"].endswith("gone.jsonl: no such file")
 
 
