@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specs.data import FORMATS, DataSpec
-from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PerplexitySpec, PreferenceSpec
 from specs.printable import printable_line
 from stages.data import Line, read_lines
 from stages.errors import InvalidInput
@@ -22,6 +22,7 @@ from stages.metrics.harness import is_task_file, task_config
 from stages.rows import Row, any_scored_row, preference_row
 from stages.words import words_of
 
+MeasuredOnRows = PerplexitySpec | PreferenceSpec | GenerationSpec | LmEvalSpec
 LONG, SHORT = 13, 8
 """Words of a run: of examples that have as many, and of shorter ones."""
 MOST_RUNS = 4_000_000
@@ -66,6 +67,8 @@ def evaluation_sets(metrics: dict[str, MetricSpec], folder: Path, number: Callab
     """
     sets, left = [], MOST_RUNS
     for name, metric in metrics.items():
+        if isinstance(metric, JudgeSpec):
+            continue  # its prompts are those of the metric that it reads
         one = EvaluationSet(name)
         sets.append(one)
         try:
@@ -163,14 +166,12 @@ def _record(one: EvaluationSet, found: dict[int, Found], folder: Path) -> dict[s
     }
 
 
-def _examples(metric: MetricSpec, folder: Path) -> Iterator[tuple[Line, Row]]:
+def _examples(metric: MeasuredOnRows, folder: Path) -> Iterator[tuple[Line, Row]]:
     """What a metric measures on, and where it stands.
 
     Raises:
         InvalidInput: it is not in files here, or they cannot be read.
     """
-    if isinstance(metric, JudgeSpec):
-        return  # its prompts are those of the metric that it reads
     if not isinstance(metric, LmEvalSpec):
         schema = any_scored_row
         if isinstance(metric, PreferenceSpec):

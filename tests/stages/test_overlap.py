@@ -3,7 +3,7 @@
 from row_reading import words
 from tiny import TASK, write_rows
 
-from specs.metric import LmEvalSpec, PerplexitySpec, PreferenceSpec
+from specs.metric import JudgeSpec, LmEvalSpec, PerplexitySpec, PreferenceSpec
 from stages.overlap import overlaps
 
 
@@ -63,3 +63,8 @@ def test_evaluation_sets_beyond_the_bound_are_counted_as_not_looked_at(tmp_path,
     write_rows(tmp_path / "held.jsonl", [{"text": words(n, 40)} for n in range(5)])
     (found,) = overlaps({"domain": perplexity("held.jsonl")}, tmp_path, [{"text": words(0, 40)}])
     assert (found["examples"], found["judged"], found["beyond"]) == (5, 2, 3)
+
+
+def test_a_judge_has_no_rows_of_its_own(tmp_path):
+    judge = JudgeSpec.model_validate({"kind": "judge", "answers": "samples", "model": {"path": "judge"}})
+    assert overlaps({"judge": judge}, tmp_path, [{"text": words(1)}]) == []
