@@ -5,6 +5,7 @@ settings at its top is what the Hugging Face hub reads (https://huggingface.co/d
 """
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from flows.summary import counted
 from specs.base import fingerprint
 from specs.load import SpecError
 from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
+from specs.pipeline import BASE
 from specs.secrets import redact
 from stages.approval import decision_on, question_of
 from stages.artifact import CARD, Artifact, short
@@ -79,6 +81,7 @@ def card_text(plan: Plan, spec: Path, place: str) -> str:
         place=place,
         base=_base(plan),
         stages=[_stage(plan, step) for step in plan.steps if step.stage is not None],
+        judged=[_judged(plan, step) for step in plan.steps if verdicts_of(plan, step)],
         measured=measured,
         confidence=f"{100 * CONFIDENCE:g}%",
         samples=_samples(plan),
@@ -178,8 +181,6 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
         }
         for number, source in enumerate(stage.data)
     ]
-    verdicts = verdicts_of(plan, step)
-    asked = question_of(step, verdicts)
     training, masks = record.get("training", {}), record.get("masks", {})
     return {
         "name": step.name,
@@ -194,11 +195,21 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
         "hand_over": record.get("hand_over", {}),
         "durations": record.get("durations", {}),
         "attempt": f"attempt {step.attempt} of {step.attempts}: {step.words}" if step.attempts > 1 else "",
-        "policy": stage.policy,
-        "verdicts": verdicts,
-        "decision": None if asked is None else decision_on(asked),
         "report": _data_report(step),
     }
+
+
+def _judged(plan: Plan, step: Step) -> dict[str, Any]:
+    verdicts = verdicts_of(plan, step)
+    asked = question_of(step, verdicts)
+    decision = None if asked is None else decision_on(asked)
+    return {"name": step.name, "policy": policy_of(plan, step), "verdicts": verdicts, "decision": decision}
+
+
+def policy_of(plan: Plan, step: Step) -> str:
+    """What the spec says should happen where the gates of a step refuse it: stop, warn or approve."""
+    judged = getattr(plan.pipeline, "release", None) if step.stage is None else step.stage
+    return str(getattr(judged, "policy", getattr(judged, "on_gate_failure", "stop")))
 
 
 def _data_report(step: Step) -> dict[str, Any]:
@@ -247,7 +258,7 @@ def _measured(plan: Plan) -> list[dict[str, Any]]:
     """Each metric's own choice of a measure, and what gates name, at both ends of the chain: a row each."""
     rows = []
     for metric, spec in plan.pipeline.metrics.items():
-        first, last = plan.steps[0].evaluation(metric), _last_evaluation(plan, metric)
+        first, last = _first_evaluation(plan, metric), _last_evaluation(plan, metric)
         data = _measured_on(plan, spec)
         for name in _measures(plan, metric, last):
             before = None if first is None else first.measure(name)
@@ -261,7 +272,7 @@ def _measured(plan: Plan) -> list[dict[str, Any]]:
                     "better": "" if known is None else known.better,
                     "base": _value(before),
                     "release": _value(after),
-                    "value": None if after is None else after.value,
+                    "value": None if after is None or not math.isfinite(after.value) else after.value,
                     "ends": None if after is None else interval_of(after, CONFIDENCE),
                     "n": 0 if known is None else known.n,
                 }
@@ -271,8 +282,19 @@ def _measured(plan: Plan) -> list[dict[str, Any]]:
 
 def _last_evaluation(plan: Plan, metric: str) -> Evaluation | None:
     """What was measured on the release, or else on the last stage: in the precision of the release, so the same."""
-    found = (step.evaluation(metric) for step in reversed(plan.steps[1:]))
-    return next((one for one in found if one is not None), None)
+    step = _last_measured(plan, metric)
+    return None if step is None else step.evaluation(metric)
+
+
+def _first_evaluation(plan: Plan, metric: str) -> Evaluation | None:
+    """What the base came to on the examples of `_last_evaluation`."""
+    last = _last_measured(plan, metric)
+    base = None if last is None else plan.step(BASE, last)
+    return (plan.steps[0] if base is None else base).evaluation(metric)
+
+
+def _last_measured(plan: Plan, metric: str) -> Step | None:
+    return next((step for step in reversed(plan.steps[1:]) if step.evaluation(metric) is not None), None)
 
 
 def _measures(plan: Plan, metric: str, found: Evaluation | None) -> list[str]:
@@ -292,7 +314,7 @@ def _samples(plan: Plan) -> list[dict[str, Any]]:
     """The first answers of each metric that keeps them: the base's beside the release's."""
     found = []
     for metric in plan.pipeline.metrics:
-        first, last = plan.steps[0].evaluation(metric), _last_evaluation(plan, metric)
+        first, last = _first_evaluation(plan, metric), _last_evaluation(plan, metric)
         if last is None:
             continue
         for number, sample in enumerate(last.samples[:SAMPLES]):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from flows.engine import Run, verdicts_of
-from flows.model_card import card_text
+from flows.model_card import card_text, policy_of
 from specs.base import Spec
 from specs.paths import Sha256
 from specs.secrets import looks_like_secret, redact
@@ -103,13 +103,13 @@ def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
     for step in plan.steps:
         verdicts = _judged(plan, step)
         against = [one for one in verdicts if not one.passed]
-        if not against or step.stage is None:
+        if not against:
             continue
         asked = question_of(step, verdicts)
         decision = None if asked is None else decision_on(asked)
         if decision is not None and decision.approved:
             continue
-        warned = step.stage.policy == "warn"
+        warned = policy_of(plan, step) == "warn"
         if warned and with_warnings:
             continue
         reasons = " | ".join(one.reason for one in against)
@@ -146,11 +146,11 @@ def _verdicts(plan: Plan) -> str:
             "stage": step.name,
             "identity": step.key,
             "attempt": step.attempt,
-            "on_gate_failure": step.stage.policy,
+            "on_gate_failure": policy_of(plan, step),
             **verdict_record(step, _judged(plan, step)),
         }
         for step in plan.steps
-        if step.stage is not None
+        if step.stage is not None or _judged(plan, step)
     ]
     document = {"pipeline": plan.pipeline.name, "release": plan.steps[-1].key, "stages": stages}
     return redact(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", os.environ)
