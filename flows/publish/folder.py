@@ -1,7 +1,6 @@
 """A publication in a folder: whole or absent, and never in place of what a person may want to keep."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,13 +34,14 @@ def to_folder(publication: Publication, target: Path) -> bool:
     """
     target = Path(os.path.realpath(target))
     _check_place(target, publication.plan.store.parent)
-    make_folder(target.parent)
-    with _alone(publication, target):
+    with _told(target), _alone(publication, target):
+        make_folder(target.parent)
         previous = target.with_name(f".{target.name}.previous")
         _recover(previous, target, publication.name)
         if target.exists() and _is_current(publication, _earlier(target, publication.name)):
             return False
-        fresh = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+        fresh = target.with_name(f".{target.name}.trivium-new")
+        shutil.rmtree(fresh, ignore_errors=True)  # of a process that died: the lock is ours
         try:
             _write(publication, fresh)
             if target.exists():
@@ -50,8 +50,20 @@ def to_folder(publication: Publication, target: Path) -> bool:
             sync(target.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     return True
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """What the disk says, with the place that was to be written: a library names what it was reading."""
+    try:
+        yield
+    except OSError as error:
+        raise StageFailed(
+            f"{target}: cannot be written ({error.strerror}); nothing was published. Free space or rights there, or "
+            "name another place"
+        ) from error
 
 
 @contextmanager
@@ -78,7 +90,16 @@ def _recover(previous: Path, target: Path, name: str) -> None:
         previous.rename(target)
         sync(target.parent)
     elif previous.is_dir():
-        shutil.rmtree(previous)
+        _earlier(previous, name)  # else it is somebody's
+        _remove(previous)
+
+
+def _remove(publication: Path) -> None:
+    """Remove an earlier publication, its list last: what a crash leaves is still known to be ours."""
+    for file in files_below(publication) if publication.is_dir() else ():
+        if file != publication / MANIFEST:
+            file.unlink()
+    shutil.rmtree(publication, ignore_errors=True)
 
 
 def _earlier(folder: Path, name: str) -> Published | None:

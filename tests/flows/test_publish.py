@@ -1,5 +1,6 @@
 """`trivium publish` to a folder: what goes, what is refused and with which exit code, and that nothing is lost."""
 
+import errno
 import io
 import json
 import shutil
@@ -270,7 +271,7 @@ def test_a_process_that_dies_at_a_rename_leaves_all_or_nothing_and_the_next_one_
 
     with monkeypatch.context() as patch, suppress(Killed):
         patch.setattr(Path, "rename", die)
-        patch.setattr(to_a_folder.shutil, "rmtree", lambda *_, **__: None)  # the dead tidy nothing
+        patch.setattr(to_a_folder.shutil, "rmtree", lambda *_, **__: None)  # the dead tidy nothing up
         to_folder(publication, out)
     assert next(count) == 1 + min(at, replaced)  # where nothing is replaced, there is one rename only
     if replaced:
@@ -279,6 +280,37 @@ def test_a_process_that_dies_at_a_rename_leaves_all_or_nothing_and_the_next_one_
     publish(released, out)
     assert "domain at most " + ("3" if replaced else "2") in (out / CARD).read_text()
     assert not out.with_name(".out.previous").exists()
+
+
+def test_what_lies_where_the_earlier_one_would_be_put_is_not_removed_unless_it_is_ours(released, tmp_path):
+    publish(released, tmp_path / "out")
+    (tmp_path / ".out.previous").mkdir()
+    (tmp_path / ".out.previous/thesis.tex").touch()
+    released.edit(("at_most: 2", "at_most: 3"))
+    with pytest.raises(InvalidInput, match=r"\.out\.previous: is there and holds no earlier publication"):
+        publish(released, tmp_path / "out")
+    assert (tmp_path / ".out.previous/thesis.tex").exists()
+
+
+def test_an_earlier_one_that_is_half_removed_is_removed_and_the_rest_of_a_dead_process_too(released, tmp_path):
+    publish(released, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.previous")
+    (tmp_path / ".out.previous/model.safetensors").unlink()
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.trivium-new")
+    released.edit(("at_most: 2", "at_most: 3"))
+    publish(released, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_a_full_disk_is_told_with_the_place_and_leaves_nothing(released, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    publication = gathered(released)
+    monkeypatch.setattr(to_a_folder.shutil, "copyfile", full)
+    with pytest.raises(StageFailed, match=r"/out: cannot be written \(No space left on device\); nothing was publ"):
+        to_folder(publication, tmp_path / "out")
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_two_at_once_do_not_meet(released, tmp_path):
