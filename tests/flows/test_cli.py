@@ -257,6 +257,7 @@ def test_shipped_specs_are_valid_and_can_be_planned(tmp_path: Path, monkeypatch:
         chat = [{"prompt": "a", "completion": "b"}]
         tiny.write_rows(folder / "data/instructions.jsonl", chat)
         tiny.write_rows(folder / "data/instructions.heldout.jsonl", chat)
+        tiny.write_rows(folder / "data/prompts.jsonl", [{"prompt": "a"}])
         pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
         tiny.write_rows(folder / "data/preferences.jsonl", pairs)
         tiny.write_rows(folder / "data/preferences.heldout.jsonl", pairs)
