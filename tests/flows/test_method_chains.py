@@ -1,4 +1,4 @@
-"""Seven chains of different methods through the real flow: every hand-over from disk, and verified."""
+"""Seven chains of different methods, one through the real flow: every hand-over from disk, and verified."""
 
 import itertools
 import json
@@ -6,13 +6,13 @@ import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 
-pytestmark = pytest.mark.flow
+pytestmark = [pytest.mark.flow, pytest.mark.model]
 DEADLINE = 240
 
 CHAINS = {
@@ -28,6 +28,8 @@ CHAINS = {
         "kind: olora, rank: 4",
     ),
 }
+IN_PREFECT = "full-lora-lora"
+"""The others run in this process, stage after stage: what is tested is what they hand over, not what starts them."""
 SPEC = """\
 name: tiny
 model: {{path: base, dtype: float32}}
@@ -44,31 +46,21 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
-    """Every chain, run as a user runs it; two at a time, the first of them in Prefect."""
-    folder = tmp_path_factory.mktemp("chains")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-    specs = {name: tiny.write_project(folder / name, SPEC.format(*methods)) for name, methods in CHAINS.items()}
-
-    def run(name: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        spec = specs[name]
-        options = [] if name == next(iter(CHAINS)) else ["--no-prefect"]
-        command = [sys.executable, "-m", "flows.cli", "run", str(spec), *options]
-        return spec, subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=DEADLINE, env=environment
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CHAINS, pool.map(run, CHAINS), strict=True))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chains")
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.timeout(900)
-def test_a_chain_of_methods_hands_over_exactly(name, chains):
-    spec, done = chains[name]
-    assert done.returncode == 0, done.stderr
-    manifests = [json.loads(path.read_text()) for path in sorted(spec.parent.glob("artifacts/tiny/0*/manifest.json"))]
+def test_a_chain_of_methods_hands_over_exactly(name: str, folder: Path, run_spec: Callable) -> None:
+    spec = tiny.write_project(folder / name, SPEC.format(*CHAINS[name]))
+    if name == IN_PREFECT:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        command = [sys.executable, "-m", "flows.cli", "run", str(spec), "--root", str(spec.parent / "runs")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE, env=environment)
+        assert done.returncode == 0, done.stderr
+    else:
+        run_spec(spec)
+    manifests = [json.loads(path.read_text()) for path in sorted(spec.parent.glob("runs/tiny/0*/manifest.json"))]
     assert len(manifests) == 5
     for number, (before, after) in enumerate(itertools.pairwise(manifests)):
         assert after["inputs"]["parent"] == before["identity"]
@@ -81,7 +73,7 @@ def test_a_chain_of_methods_hands_over_exactly(name, chains):
         assert 0 <= record["hand_over"]["max_logit_error"] <= record["hand_over"]["tolerance"]
         assert record["training"]["trainable_parameters"] > 0
     assert manifests[3]["record"]["training"]["first_logged_loss"] == pytest.approx(math.log(2), abs=1e-3)
-    config = json.loads((spec.parent / "artifacts/tiny/model/config.json").read_text())
+    config = json.loads((spec.parent / "runs/tiny/model/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config.get("attention_bias", False) == name.startswith("bitfit")
     assert config["max_position_embeddings"] == (1024 if name.startswith("longlora") else 512)
