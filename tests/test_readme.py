@@ -53,3 +53,15 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (README.parent / "Makefile").read_text(), flags=re.MULTILINE))
     assert [line.split()[2] for line in lines[3:5]] == ["demo", "test"]
     assert {"demo", "demo-gate", "test", "check"} <= targets
+
+
+def test_the_policies_in_the_readme_are_valid(tmp_path: Path) -> None:
+    policies = re.findall(r"^(on_gate_failure: .+?)  +#", README.read_text(), flags=re.MULTILINE)
+    assert len(policies) == 3
+    gates = "    gates: [{metric: pairs, at_least: 0.6}]\n"
+    spec = yaml_blocks()[0]
+    assert spec.endswith(gates)
+    for line in policies:
+        file = tmp_path / "spec.yaml"
+        file.write_text(f"{spec}    {line}\n")
+        load_pipeline(file)

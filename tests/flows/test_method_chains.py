@@ -73,7 +73,8 @@ def test_a_chain_of_methods_hands_over_exactly(name: str, folder: Path, run_spec
         assert 0 <= record["hand_over"]["max_logit_error"] <= record["hand_over"]["tolerance"]
         assert record["training"]["trainable_parameters"] > 0
     assert manifests[3]["record"]["training"]["first_logged_loss"] == pytest.approx(math.log(2), abs=1e-3)
-    config = json.loads((spec.parent / "runs/tiny/model/config.json").read_text())
+    (release,) = spec.parent.glob("runs/tiny/04-release-*/model/config.json")
+    config = json.loads(release.read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config.get("attention_bias", False) == name.startswith("bitfit")
     assert config["max_position_embeddings"] == (1024 if name.startswith("longlora") else 512)
