@@ -107,9 +107,13 @@ def markdown(summary: Summary) -> str:
     chain = " --> ".join(f"{name}" for name in summary.columns[1:])
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
     parts.append(_table(summary.columns, summary.metrics))
+    if summary.release_metrics:
+        parts.append(_table(summary.release_columns, summary.release_metrics))
     lines = [f"- **{verdict.outcome}** {stage}: {verdict.reason}" for stage, verdict in summary.verdicts]
     lines += [f"- **decision** {stage}: {escaped(said)}" for stage, said in summary.decisions]
     parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
+    if summary.withheld:
+        parts.append(f"**No model**: {summary.withheld}")
     if summary.release is not None:
         parts.append(f"Model: `{summary.release}`")
     return "\n\n".join(part for part in parts if part)

@@ -158,6 +158,8 @@ def run(
     finally:
         summary = summarise(asked.plan(pipeline=plan.pipeline))
         print_summary(summary)
+    if summary.withheld:
+        print(f"model:  {summary.withheld}")  # noqa: T201
     if summary.release is not None:
         print(f"model:  {_described(summary.release)}")  # noqa: T201
         print(f"chat:   trivium chat {spec.parent if spec.name == DEFAULT_SPEC else spec}")  # noqa: T201
@@ -202,7 +204,7 @@ def show(spec: SpecFile, *, root: Root = None) -> None:
     from flows.terminal import print_summary
 
     print_summary(summary := summarise(Run(spec, root_of(spec, root)).plan()))
-    print(f"model:  {_described(summary.release) if summary.release else 'not released yet'}")  # noqa: T201
+    print(f"model:  {_described(summary.release) if summary.release else summary.withheld or 'not released yet'}")  # noqa: T201
 
 
 @app.command

@@ -24,7 +24,7 @@ from stages.store import remember
 PHASES = {
     "base": ("load", "evaluate"),
     "stage": ("load", "train", "merge", "evaluate"),
-    "release": ("release",),
+    "release": ("release", "evaluate"),
 }
 _WARM_FROM = {"merge", "evaluate"}
 
@@ -163,9 +163,11 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     outcomes: list[Outcome] = []
     try:
         for number in range(len(plan.steps)):
+            if plan.steps[number].name == RELEASE:
+                _compare(run, plan, hooks, outcomes)
             plan = _bring_up(run, plan, number, hooks, outcomes)
             try:
-                _stop_if_refused(run, outcomes[-1])
+                _stop_if_refused(run, plan, outcomes[-1])
             except TriviumError:
                 _keep_card(run, plan)  # of a release that was made when the gates still passed
                 raise
@@ -205,27 +207,39 @@ def _bring_up(run: Run, before: Plan, number: int, hooks: Hooks, outcomes: list[
         before = plan
 
 
+def _compare(run: Run, before: Plan, hooks: Hooks, outcomes: list[Outcome]) -> None:
+    """Measure in full what the release will be compared with: late, so that no attempt that is refused costs it."""
+    for number in range(len(before.references)):
+        plan = run.plan(pipeline=before.pipeline)
+        step = plan.references[number]
+        if step.missing:
+            outcomes.append(hooks.step(step, lambda plan=plan, step=step: _run_step(plan, step, hooks)))  # type: ignore[misc]
+
+
 def _is_settled(run: Run, plan: Plan, outcome: Outcome) -> bool:
     """Whether the chain goes on with an attempt, now that it was judged."""
     step = outcome.step
     return outcome.passed or run.plan(pipeline=plan.pipeline).steps[step.order].key == step.key
 
 
-def _stop_if_refused(run: Run, outcome: Outcome) -> None:
-    """End the run where gates refuse a stage and the spec says stop, or a person does.
+def _stop_if_refused(run: Run, plan: Plan, outcome: Outcome) -> None:
+    """End the run where gates refuse a stage, or the release, and the spec says stop, or a person does.
 
     Raises:
         GateRefused: they do.
         AwaitingApproval: a person has to decide.
     """
     step = outcome.step
-    if step.stage is None or outcome.passed:
+    if outcome.passed or step.policy == "warn":
         return
     best = "" if step.attempts == 1 else f"all {step.attempts} attempts were refused, and this is the best: "
+    who = f"stage {step.title}" if step.name != RELEASE else "the release is made and not let out"
+    approved = outcome.decision is not None and outcome.decision.approved
+    withdrawn = "" if approved or step.name != RELEASE else _withdraw(plan)
     if (asked := question_of(step, outcome.verdicts)) is not None:
-        require_approval(asked, best + outcome.gates_line, run.spec)
-    elif step.stage.policy == "stop":
-        raise GateRefused(f"stage {step.title}: {best}{outcome.line}")
+        require_approval(asked, best + outcome.gates_line + withdrawn, run.spec)
+    else:
+        raise GateRefused(f"{who}: {best}{outcome.line}{withdrawn}")
 
 
 def _set_aside(run: Run, plan: Plan, *, forced: bool = False) -> None:
@@ -280,6 +294,15 @@ def _keep_card(run: Run, plan: Plan) -> None:
     keep_card(run.plan(pipeline=plan.pipeline), run.spec)
 
 
+def _withdraw(plan: Plan) -> str:
+    """Take the store's link off a release that its gates refuse by now; says so. One to another release stays."""
+    link, released = plan.store / MODEL, read(plan.steps[-1].place)
+    if released is None or not link.is_symlink() or link.parent / link.readlink() != released.loadable:
+        return ""
+    link.unlink()
+    return f". {link} led to it, since before the gates were stricter, and was removed"
+
+
 def point_to(model: Path, link: Path) -> None:
     """Let ``link`` name the released model, so that its path stays the same from run to run.
 
@@ -298,7 +321,7 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
     if step.order == 0:
         check_base(plan.pipeline, step)
     verdicts: list[Verdict] = []
-    if step.stage is not None and step.stage.gates:
+    if step.gates:
         hooks.phase(step, "gate", lambda: verdicts.extend(_judge(plan, step)))
     return Outcome(step, kept, tuple(verdicts), _decided(step, verdicts))
 

@@ -375,7 +375,7 @@ def _state_of_step(outcome: Outcome) -> State[Any]:
         decided = Completed if outcome.decision.approved else Failed
         return decided(name=PAST[outcome.decision.answer].capitalize(), message=outcome.line)
     if not outcome.passed:
-        warned = outcome.settled and outcome.step.stage is not None and outcome.step.stage.policy == "warn"
+        warned = outcome.settled and outcome.step.policy == "warn"
         state = Completed if warned else Failed
         return state(name="GateWarned" if warned else "GateFailed", message=outcome.line)
     return Completed(name="Cached" if outcome.kept else "Passed", message=outcome.line)

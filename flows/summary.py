@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.metric import JudgeSpec
-from stages.approval import questions, standing
+from stages.approval import decision_on, question_of, questions, standing
 from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
@@ -39,33 +39,59 @@ class Summary:
     """The final model's folder, once it is released."""
     decisions: tuple[tuple[str, str], ...] = ()
     """Stage, and what a person decided on it or that one has to."""
+    withheld: str = ""
+    """Why there is none although the model is made: its gates refuse it."""
+    release_columns: tuple[str, ...] = ()
+    release_metrics: tuple[tuple[str, ...], ...] = ()
+    """What was measured for the release: a column for each step that it is compared with, and its own."""
 
 
 def summarise(plan: Plan) -> Summary:
     """The table of everything that is published of a pipeline."""
     steps = [step for step in plan.steps if step.name != RELEASE]
+    tried = [step for step in plan.named if step.artifact is not None and not step.missing]
+    tried.sort(key=lambda step: (step.order, step.attempt))
+    judged = tuple((step.title, verdict) for step in tried for verdict in plan.verdicts(step))
     ranked = rankings(plan)
     rows = [
         row
         for metric in plan.pipeline.metrics
         for row in [*_metric_rows(metric, steps), *_elo_rows(metric, ranked.get(metric, ()), steps)]
     ]
-    tried = [step for step in plan.named if step.artifact is not None and not step.missing]
-    tried.sort(key=lambda step: (step.order, step.attempt))
-    judged = tuple((step.title, verdict) for step in tried for verdict in plan.verdicts(step))
     costs = [(name, *(show(step) for step in steps)) for name, show in _COSTS.items()]
-    last = plan.steps[-1]
+    full = [step for step in (*plan.references, plan.steps[-1]) if step.tier == "release"]
+    of_release = [row for metric in plan.pipeline.metrics for row in _metric_rows(metric, full)]
+    withheld = _withheld(plan)
     link = plan.store / MODEL
-    released = link if last.name == RELEASE and last.artifact is not None and link.exists() else None
+    last = plan.steps[-1]
+    released = last.name == RELEASE and last.artifact is not None and link.exists() and not withheld
     return Summary(
         title=plan.pipeline.name,
         columns=("", *(step.name for step in steps)),
         metrics=tuple(rows),
         costs=tuple(row for row in costs if row[0] != "attempt" or set(row[1:]) != {_ABSENT}),
         verdicts=judged,
-        release=released,
+        release=link if released else None,
+        withheld=withheld,
+        release_columns=("for the release", *(step.name for step in full)),
+        release_metrics=(*of_release, ("time measuring", *map(_measuring, full))) if of_release else (),
         decisions=tuple((asked.step.title, standing(asked)) for asked in questions(plan)),
     )
+
+
+def _withheld(plan: Plan) -> str:
+    last = plan.steps[-1]
+    if last.artifact is None or last.missing or last.policy == "warn":
+        return ""
+    verdicts = plan.verdicts(last) if last.name == RELEASE else []
+    against = [one for one in verdicts if not one.passed]
+    asked = question_of(last, verdicts)
+    decision = None if asked is None else decision_on(asked)
+    if not against or (decision is not None and decision.approved):
+        return ""
+    link = plan.store / MODEL
+    earlier = f"; {link} leads to an earlier release" if link.exists() else ""
+    return f"the release is made and not let out: {len(against)} of {len(last.gates)} gates refuse it{earlier}"
 
 
 def rankings(plan: Plan) -> dict[str, tuple[Ranked, ...]]:
@@ -95,6 +121,8 @@ def _elo_rows(metric: str, ranked: tuple[Ranked, ...], steps: list[Step]) -> lis
 
 def _metric_rows(metric: str, steps: list[Step]) -> list[tuple[str, ...]]:
     found = [step.evaluation(metric) for step in steps]
+    if not any(step.tier == "stages" for step in steps) and not any(found):
+        return []
     default = next((evaluation.default for evaluation in found if evaluation is not None), "")
     known = {name for evaluation in found if evaluation is not None for name in evaluation.measures}
     names = [default, *(name for name in _EXTRA_MEASURES.get(default, ()) if name in known)]
@@ -146,9 +174,18 @@ def _time(step: Step) -> str:
     seconds = _record(step).get("durations")
     if not seconds:
         return _ABSENT
-    measuring = sum(kept.seconds for one in step.measurements if (kept := step.evaluation(one.metric)))
+    measuring = _seconds_measuring(step)
     own = sum(seconds.values())
     return f"{own + measuring:.0f} s" + (f" ({measuring:.0f} s measuring)" if measuring else "")
+
+
+def _seconds_measuring(step: Step) -> float:
+    return sum(kept.seconds for one in step.measurements if (kept := step.evaluation(one.metric)))
+
+
+def _measuring(step: Step) -> str:
+    seconds = _seconds_measuring(step)
+    return f"{seconds:.0f} s" if seconds else _ABSENT
 
 
 def _memory(step: Step) -> str:

@@ -16,6 +16,7 @@ from flows.summary import Summary
 from stages.approval import questions, standing
 from stages.disk import Estimate
 from stages.plan import Plan, Step
+from stages.tiers import tier_lines
 
 PIPED = 120
 """Columns of a table that goes into a file or a pipe, unless ``COLUMNS`` says otherwise."""
@@ -101,6 +102,12 @@ def print_plan(plan: Plan, details: Mapping[str, Sequence[str]], room: Estimate 
         out.print(f"{mark} {step.order} {escape(step.title)}{kind}: {escape(text)}")
         for line in (*asked.get(step.name, ()), *details.get(step.name, ()), *_other_attempts(plan, step)):
             out.print(f"{' ' * 11}{line}", style="dim", markup=False, soft_wrap=True)
+    for reference in plan.references:
+        if reference.artifact is not None and reference.missing:
+            names = ", ".join(one.metric for one in reference.missing)
+            out.print(f"[yellow]evaluate[/] {reference.order} {escape(reference.title)}: not measured yet: {names}")
+    for line in tier_lines(plan):
+        out.print(line, style="dim", markup=False, soft_wrap=True)
     if room is not None and room.needed:
         out.print(str(room), style="dim" if room.fits else "red", markup=False, soft_wrap=True)
 
@@ -130,6 +137,7 @@ def print_warnings(warnings: Sequence[object]) -> None:
 def print_summary(summary: Summary) -> None:
     """Metrics per step, verdicts, costs, and where the model is."""
     _table(summary.title, summary.columns, summary.metrics)
+    _table("", summary.release_columns, summary.release_metrics)
     for stage, verdict in summary.verdicts:
         out.print(
             f"gate [{_COLOUR[verdict.outcome]}]{verdict.outcome}[/] {escape(stage)}: {escape(verdict.reason)}",

@@ -1,12 +1,12 @@
 """Metrics: what is measured on the base and after every stage."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from specs.base import Spec, name_only
+from specs.base import Spec, later_addition, name_only
 from specs.data import DataSpec
 from specs.model import ModelSpec
 from specs.paths import FilePath, Slug
@@ -20,6 +20,8 @@ class PerplexitySpec(Spec):
     kind: Literal["perplexity"]
     data: DataSpec
     """Held-out rows: `text`, or `messages`, `prompt` and `completion`, or Alpaca columns."""
+    limit: Positive | None = later_addition(None)
+    """The first n rows only."""
     sequence_length: Positive = 1024
     """Window in tokens: longer documents are scored window by window. The value depends on it."""
     batch_size: Positive = 8
@@ -34,6 +36,8 @@ class PreferenceSpec(Spec):
     """Held-out rows: `prompt`, `chosen`, `rejected`."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Scale of the implicit reward (DPO eq. 5)."""
+    limit: Positive | None = later_addition(None)
+    """The first n pairs only."""
     sequence_length: Positive = 1024
     """Tokens at most of prompt and answer; longer pairs are refused."""
     batch_size: Positive = 8
@@ -225,3 +229,15 @@ class JudgeSpec(Spec):
 MetricSpec = Annotated[
     PerplexitySpec | PreferenceSpec | GenerationSpec | LmEvalSpec | JudgeSpec, Field(discriminator="kind")
 ]
+
+M = TypeVar("M", bound=Spec)
+
+
+def with_limit(metric: M, limit: int | None) -> M:
+    """The metric over its first ``limit`` rows; None takes all rows, or as many as its kind can have."""
+    field = type(metric).model_fields.get("limit")
+    if field is None:
+        return metric
+    most = next((bound.le for bound in field.metadata if hasattr(bound, "le")), None)
+    limits = [one for one in (limit, most) if one is not None]
+    return metric.model_copy(update={"limit": min(limits, default=None)})

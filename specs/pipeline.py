@@ -11,9 +11,10 @@ from specs.base import Spec, identity_fields, name_only
 from specs.data import DataLimits, DataSpec
 from specs.explain import explain
 from specs.gate import GateSpec
-from specs.metric import MetricSpec
+from specs.metric import MetricSpec, with_limit
 from specs.model import ModelSpec
 from specs.paths import Slug
+from specs.release import ReleaseSpec
 from specs.retry import ChangeSpec, Policy, RetrySpec, UnfitChange, changed, changed_fields, in_words
 from specs.train import TrainSpec
 
@@ -100,6 +101,8 @@ class PipelineSpec(Spec, Generic[StageT]):
     """What is kept of how training changed the weights: `norms` leaves out what needs singular values."""
     stages: Annotated[tuple[SerializeAsAny[StageT], ...], Field(min_length=1)]
     """In order; each starts from what the one before published."""
+    release: ReleaseSpec | None = name_only(None)
+    """What the released model must hold up to, on all rows; by default it is released once the last stage passed."""
 
     def problems(self) -> list[tuple[Location, str]]:
         """What is wrong between the parts: each with its place in the spec and a message."""
@@ -110,6 +113,7 @@ class PipelineSpec(Spec, Generic[StageT]):
             *self._judges(),
             *self._shares(),
             *self._changes(),
+            *self._release(),
         ]
 
     def placed_stages(self) -> Iterator[tuple[Location, StageT]]:
@@ -126,6 +130,18 @@ class PipelineSpec(Spec, Generic[StageT]):
                 except (UnfitChange, ValidationError):
                     continue
                 yield (*place, *_change(at)), made
+
+    def metric(self, name: str, tier: str) -> MetricSpec:
+        """A metric with the rows of its tier: `stages` as the spec has it, `release` as the release asks for it."""
+        spec = self.metrics[name]
+        return spec if tier != "release" or self.release is None else with_limit(spec, self.release.limit)
+
+    def placed_gates(self) -> Iterator[tuple[Location, GateSpec]]:
+        """Every gate at its place: the stages', and then the release's."""
+        for number, stage in enumerate(self.stages):
+            yield from ((("stages", number, "gates", at), gate) for at, gate in enumerate(stage.gates))
+        if self.release is not None:
+            yield from ((("release", "gates", at), gate) for at, gate in enumerate(self.release.gates))
 
     def with_stages(self, stages: Iterable[StageSpec]) -> Self:
         """The same pipeline with these in the place of its first stages: the attempts that a run goes on with."""
@@ -153,6 +169,23 @@ class PipelineSpec(Spec, Generic[StageT]):
                     rule = "improves_on" if gate.improves_on is not None else "keeps"
                     yield (*where, rule), _unknown("earlier stage", gate.reference, earlier)
             earlier.append(stage.name)
+
+    def _release(self) -> Iterator[tuple[Location, str]]:
+        if self.release is None:
+            return
+        known = [BASE, *(stage.name for stage in self.stages)]
+        for at, gate in enumerate(self.release.gates):
+            where = ("release", "gates", at)
+            if gate.metric_name not in self.metrics:
+                yield (*where, "metric"), _unknown("metric", gate.metric_name, list(self.metrics))
+            rule = "improves_on" if gate.improves_on is not None else "keeps"
+            if gate.reference == PREVIOUS:
+                yield (*where, rule), f"the step before the release is the same model; name one of {', '.join(known)}"
+            elif gate.reference is not None and gate.reference not in known:
+                yield (*where, rule), _unknown("step", gate.reference, known)
+        for at, name in enumerate(self.release.metrics):
+            if name not in self.metrics:
+                yield ("release", "metrics", at), _unknown("metric", name, list(self.metrics))
 
     def _changes(self) -> Iterator[tuple[Location, str]]:
         """Changes that make no stage of a stage, or none that was not tried before."""

@@ -121,7 +121,7 @@ def warnings(pipeline: Pipeline, document: Document, base: Path | None = None) -
 
 def undecisive(pipeline: Pipeline, document: Document) -> list[Problem]:
     """The metrics that no gate uses. They stand in the report, which may be all that is wanted: `validate` asks."""
-    gated = {gate.metric_name for stage in pipeline.stages for gate in stage.gates}
+    gated = {gate.metric_name for _, gate in pipeline.placed_gates()}
     gated |= {metric.answers for metric in pipeline.metrics.values() if isinstance(metric, JudgeSpec)}
     return [
         document.problem(

@@ -81,7 +81,7 @@ class Question:
 
 def question_of(step: Step, verdicts: Sequence[Verdict]) -> Question | None:
     """What a person is asked about a step; None where its gates pass, or the spec asks nobody."""
-    if step.stage is None or step.stage.policy != "approve" or all(one.passed for one in verdicts):
+    if step.policy != "approve" or all(one.passed for one in verdicts):
         return None
     return Question(step, tuple(verdicts))
 

@@ -98,12 +98,11 @@ def spec_problems(pipeline: Pipeline, folder: Path, limit: int | None = SAMPLE) 
 def _unknown_measures(pipeline: Pipeline, folder: Path) -> Found:
     """Gates over measures that their metric does not have, which would fail after all the training."""
     found: Found = []
-    for number, stage in enumerate(pipeline.stages):
-        for gate_number, gate in enumerate(stage.gates):
-            if (metric := pipeline.metrics.get(gate.metric_name)) is None:
-                continue
-            if (problem := _measure_problem(metric, gate.metric_name, gate.measure, folder)) is not None:
-                found.append((("stages", number, "gates", gate_number, "metric"), problem))
+    for place, gate in pipeline.placed_gates():
+        if (metric := pipeline.metrics.get(gate.metric_name)) is None:
+            continue
+        if (problem := _measure_problem(metric, gate.metric_name, gate.measure, folder)) is not None:
+            found.append(((*place, "metric"), problem))
     return found
 
 

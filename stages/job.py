@@ -14,6 +14,10 @@ STAGE = "stage"
 """The kind of a job that trains; the other kinds are `base` and `release`."""
 
 
+Tier = Literal["stages", "release"]
+"""When a metric is measured: cheaply between the stages, or in full before the release."""
+
+
 class Measurement(Spec):
     """One metric to measure, and where it is kept."""
 
@@ -29,6 +33,8 @@ class Measurement(Spec):
     """The evaluation file of another model: of the stage's start, for preferences; of whom a judge compares with."""
     answers: str | None = None
     """The evaluation file of this model's answers, for a judge."""
+    tier: Tier = "stages"
+    """Which rows are measured."""
 
 
 class Job(Spec):

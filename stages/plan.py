@@ -5,27 +5,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specs.base import fingerprint, identity_fields
-from specs.metric import JudgeSpec, PreferenceSpec
+from specs.base import fingerprint
+from specs.gate import GateSpec
 from specs.pipeline import BASE, PREVIOUS, Attempt
+from specs.retry import Policy
 from stages import checkpoint, evaluate
-from stages.artifact import EVALUATION, WORK, Artifact, damage, find, newest_of_stage, short
+from stages.artifact import WORK, Artifact, damage, find, newest_of_stage, short
 from stages.conditions import cut_up_otherwise
 from stages.evaluate import Evaluation
 from stages.gate import Verdict, judge, preference
 from stages.identity import (
-    MEASURING_LIBRARIES,
     Digests,
     base_identity,
     changes,
-    metric_digests,
-    model_digests,
     stage_identity,
-    versions,
     work_key,
 )
-from stages.job import Job, Measurement
+from stages.job import Job, Measurement, Tier
 from stages.measure import Measure
+from stages.measurements import Measured, Measurements
 from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 
@@ -54,10 +52,19 @@ class Step:
     """How many are planned, the first included."""
     words: str = ""
     """What differs from the stage as written."""
+    gates: tuple[GateSpec, ...] = ()
+    """What must hold of its measurements."""
+    policy: Policy = "stop"
+    """What becomes of the run if it does not."""
+    tier: Tier = "stages"
+    """Which measurements of it these are. A step that the release is compared with has those of both tiers: its own in
+    `Plan.steps`, those of the release in `Plan.references`."""
 
     @property
     def title(self) -> str:
         """The name for people: `knowledge (attempt 2 of 3: learning_rate 1e-05)`."""
+        if self.tier == "release" and self.name != RELEASE:
+            return f"{self.name} (for the release)"
         if self.attempts == 1:
             return self.name
         return f"{self.name} (attempt {self.attempt} of {self.attempts}: {self.words})"
@@ -96,6 +103,8 @@ class Plan:
     """Of a stage that may be tried several times, the attempt that the chain goes on with, or that is next."""
     others: tuple[Step, ...] = ()
     """The other attempts at these stages, published or not."""
+    references: tuple[Step, ...] = ()
+    """The steps that the release is compared with, with what is measured of them for that."""
 
     @property
     def named(self) -> tuple[Step, ...]:
@@ -110,7 +119,11 @@ class Plan:
     @property
     def pending(self) -> tuple[Step, ...]:
         """The steps that have anything to do."""
-        return tuple(step for step in self.steps if step.artifact is None or step.missing)
+        ahead = [step for step in self.steps if step.artifact is None or step.missing]
+        # Before the release, which is judged by them; what is not made yet is ahead anyway.
+        compared = [step for step in self.references if step.artifact is not None and step.missing]
+        at = next((n for n, step in enumerate(ahead) if step.name == RELEASE), len(ahead))
+        return (*ahead[:at], *compared, *ahead[at:])
 
     def step(self, where: str, seen_from: Step) -> Step | None:
         """The step that a gate means by `here`, `previous`, `base` or a stage's name."""
@@ -118,7 +131,8 @@ class Plan:
             return seen_from
         if where == PREVIOUS:
             return self.steps[seen_from.order - 1] if seen_from.order else None
-        return next((step for step in self.steps if step.name == where), None)
+        steps = self.steps if seen_from.name != RELEASE else self.references
+        return next((step for step in steps if step.name == where), None)
 
     def verdicts(self, step: Step) -> list[Verdict]:
         """What the gates of a step come to, from what is on the disk."""
@@ -176,10 +190,10 @@ def make_plan(
             break
     else:
         document = {"kind": RELEASE, "parent": planner.parent, "dtype": pipeline.model.dtype}
-        planner.add(RELEASE, document)
+        planner.add_release(document)
     if root.exists():
         digest.save()
-    return Plan(pipeline, folder, store, tuple(planner.steps), tuple(planner.others))
+    return Plan(pipeline, folder, store, tuple(planner.steps), tuple(planner.others), tuple(planner.references))
 
 
 class _Planner:
@@ -189,6 +203,8 @@ class _Planner:
         self.forced = False
         self.steps: list[Step] = []
         self.others: list[Step] = []
+        self.references: list[Step] = []
+        self.measurements = Measurements(pipeline, folder, digest)
 
     @property
     def parent(self) -> str:
@@ -225,10 +241,10 @@ class _Planner:
 
     def _is_unknown(self, step: Step) -> bool:
         """Whether an attempt cannot be judged yet: it, or what its gates compare it with, is not there or measured."""
-        if step.stage is None or step.artifact is None or step.missing:
+        if step.artifact is None or step.missing:
             return True
         seen = self._seen_from(step)
-        compared = [(seen(gate.reference), gate.metric_name) for gate in step.stage.gates if gate.reference is not None]
+        compared = [(seen(gate.reference), gate.metric_name) for gate in step.gates if gate.reference is not None]
         return any(place is None or place.evaluation(metric) is None for place, metric in compared)
 
     def _seen_from(self, step: Step) -> Callable[[str], Step | None]:
@@ -246,7 +262,14 @@ class _Planner:
         step = self._step(
             stage.name, stage, stage_identity(self.pipeline, stage, self.parent, self.folder, self.digest)
         )
-        step = replace(step, attempt=attempt.number, attempts=attempt.of, words=attempt.words)
+        step = replace(
+            step,
+            attempt=attempt.number,
+            attempts=attempt.of,
+            words=attempt.words,
+            gates=stage.gates,
+            policy=stage.policy,
+        )
         if attempt.number > 1 and step.artifact is None and step.damaged is None:
             step = replace(
                 step, reason=f"attempt {attempt.number} of {attempt.of}: {attempt.words}{self._resumes(step)}"
@@ -257,13 +280,8 @@ class _Planner:
         if step.artifact is None:
             return step
         reason = f"forced by --from {self.forced_from}" + self._resumes(step)
-        return replace(
-            step,
-            artifact=None,
-            damaged=step.artifact.path,
-            reason=reason,
-            measurements=self._measurements(step.name, step.target, step.key),
-        )
+        anew = replace(step, artifact=None, damaged=step.artifact.path, reason=reason)
+        return anew if step.name == RELEASE else self._between(anew)
 
     def _step(self, name: str, stage: ObjectiveSpec | None, identity: dict[str, Any]) -> Step:
         key = fingerprint(identity)
@@ -281,11 +299,11 @@ class _Planner:
             damaged, reason = target, "damaged since it was published: its manifest is missing or was changed"
         else:
             reason = self._why(name, identity)
-        place = target if artifact is None else artifact.path
         work = self.store / WORK / work_key(identity)
-        measurements = () if name == RELEASE else self._measurements(name, place, key)
-        step = Step(order, name, stage, identity, target, work, artifact, reason, damaged, measurements)
-        return replace(step, reason=reason + self._resumes(step)) if artifact is None else step
+        step = Step(order, name, stage, identity, target, work, artifact, reason, damaged, ())
+        if artifact is None:
+            step = replace(step, reason=reason + self._resumes(step))
+        return step if name == RELEASE else self._between(step)
 
     def _resumes(self, step: Step) -> str:
         """Where a step goes on that was begun."""
@@ -308,73 +326,36 @@ class _Planner:
         found = changes(old.manifest["inputs"], identity)
         return "changed: " + "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
-    def _measurements(self, name: str, place: Path, key: str) -> tuple[Measurement, ...]:
-        found: list[Measurement] = []
-        for metric, spec in self.pipeline.metrics.items():
-            if isinstance(spec, JudgeSpec):
-                continue
-            chat = getattr(spec, "chat_template", False)
-            applied = chat if isinstance(chat, bool) else name in chat
-            reference = self._reference(metric) if isinstance(spec, PreferenceSpec) else None
-            identity = {
-                "model": key,
-                # Whether the template is applied here counts, not where else it is.
-                "metric": {key: value for key, value in identity_fields(spec).items() if key != "chat_template"},
-                "data": metric_digests(spec, self.folder, self.digest),
-                "dtype": self.pipeline.model.dtype,
-                "chat_template": applied,
-                "reference": self.parent if reference else None,
-                "versions": versions(MEASURING_LIBRARIES),
-                "code": evaluate.VERSIONS[spec.kind],
-            }
-            file = place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json"
-            found.append(
-                Measurement(
-                    metric=metric,
-                    file=str(file),
-                    identity=identity,
-                    chat_template=applied,
-                    reference=reference,
-                )
-            )
-        judged = [self._judged(name, place, key, metric, found) for metric in self.pipeline.metrics]
-        return (*found, *(one for one in judged if one is not None))
+    def _measured(self, step: Step) -> Measured:
+        before = self._measured(self.steps[step.order - 1]) if step.order else None
+        return Measured(step.name, step.place, step.key, before, {one.metric: one for one in step.measurements})
 
-    def _judged(self, step: str, place: Path, key: str, metric: str, found: list[Measurement]) -> Measurement | None:
-        """The comparison of a step's answers with another's; None where there is no other, or it is no judge's."""
-        spec = self.pipeline.metrics[metric]
-        if not isinstance(spec, JudgeSpec) or not self.steps:
-            return None
-        other = (
-            self.steps[-1]
-            if spec.against == PREVIOUS
-            else next((s for s in self.steps if s.name == spec.against), None)
-        )
-        if other is None or other.name == step:
-            return None
-        ours = next(one for one in found if one.metric == spec.answers)
-        theirs = next(one for one in other.measurements if one.metric == spec.answers)
-        identity = {
-            "model": key,
-            "metric": identity_fields(spec),
-            "judge": None if spec.model is None else model_digests(spec.model, self.folder, self.digest),
-            "answers": [fingerprint(ours.identity), fingerprint(theirs.identity)],
-            "versions": versions(MEASURING_LIBRARIES),
-            "code": evaluate.VERSIONS[spec.kind],
-        }
-        return Measurement(
-            metric=metric,
-            file=str(place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json"),
-            identity=identity,
-            chat_template=False,
-            reference=theirs.file,
-            answers=ours.file,
-        )
+    def _between(self, step: Step) -> Step:
+        return replace(step, measurements=self.measurements.between_stages(self._measured(step)))
 
-    def _reference(self, metric: str) -> str | None:
-        if not self.steps:
-            return None
-        return next(one.file for one in self.steps[-1].measurements if one.metric == metric)
+    def add_release(self, identity: dict[str, Any]) -> None:
+        """The release, with what is measured of it in full, and of what its gates compare it with."""
+        self.add(RELEASE, identity)
+        release, spec = self.steps[-1], self.pipeline.release
+        if spec is None:
+            return
+        others = {step.name: self._measured(step) for step in self.steps[:-1]}
+        last = self._measured(self.steps[-2])
+        # It is the last stage's model: questions are put to it as to that, and its rewards are over the same start.
+        model = Measured(last.name, release.place, release.key, last.before)
+        found = self.measurements.before_release(model, others, spec)
+        self.steps[-1] = replace(
+            release,
+            measurements=tuple(found.pop(release.key).values()),
+            gates=spec.gates,
+            policy=spec.on_gate_failure,
+            tier="release",
+        )
+        self.references = [
+            replace(step, measurements=tuple(found[step.name].values()), gates=(), tier="release")
+            for step in self.steps
+            if step.name in found
+        ]
 
 
 def _verdicts(step: Step, seen: Callable[[str], Step | None]) -> list[Verdict]:
@@ -390,4 +371,4 @@ def _verdicts(step: Step, seen: Callable[[str], Step | None]) -> list[Verdict]:
         evaluation = None if place is None else place.evaluation(metric)
         return None if evaluation is None else evaluation.measure(measure)
 
-    return judge(() if step.stage is None else step.stage.gates, measured, step.attempts)
+    return judge(step.gates, measured, step.attempts)

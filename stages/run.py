@@ -67,11 +67,13 @@ def _measure(job: Job, wanted: list[Measurement], artifact: Artifact, model: "to
 
     tokenizer = load_tokenizer(artifact.model)
     dtype = getattr(torch, job.pipeline.model.dtype)
+    if job.kind == RELEASE:
+        import_ahead(BASE)
     if model is None:
         model, _ = assemble(verified(artifact).model, artifact.adapter, dtype)
     model = model.to(device=training_device(), dtype=dtype).eval()
     for one in wanted:
-        spec = job.pipeline.metrics[one.metric]
+        spec = job.pipeline.metric(one.metric, one.tier)
         assert not isinstance(spec, JudgeSpec)  # noqa: S101 - those read answers
         reference = None if one.reference is None else evaluate.load(Path(one.reference))
         found = evaluate.evaluate(
@@ -89,7 +91,7 @@ def _measure(job: Job, wanted: list[Measurement], artifact: Artifact, model: "to
 def _let_judges_compare(job: Job, wanted: list[Measurement]) -> None:
     """What judges say of answers that were measured before, here and on other steps."""
     for one in wanted:
-        spec = job.pipeline.metrics[one.metric]
+        spec = job.pipeline.metric(one.metric, one.tier)
         assert isinstance(spec, JudgeSpec)  # noqa: S101 - only these read answers
         ours, theirs = (evaluate.load(Path(str(file))) for file in (one.answers, one.reference))
         with judge_of(spec, one.metric, Path(job.folder), Path(job.target).parent) as ask:

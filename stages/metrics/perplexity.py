@@ -31,7 +31,7 @@ def measure(
         beside them: 2 to the power of each, and how many tokens, words and bytes were scored.
     """
     count = Count(spec.data.label)
-    rows = list(read_source(spec.data, folder, any_scored_row, count=count))
+    rows = list(read_source(spec.data, folder, any_scored_row, spec.limit, count))[: spec.limit]
     tell_what_was_left_out(count)
     windows: list[Encoded] = []
     owner: list[int] = []

@@ -61,7 +61,7 @@ def measure(
         them, and the log-probabilities for the next stage to refer to.
     """
     count = Count(spec.data.label)
-    pairs = list(read_source(spec.data, folder, preference_row, count=count))
+    pairs = list(read_source(spec.data, folder, preference_row, spec.limit, count))[: spec.limit]
     tell_what_was_left_out(count)
     sequences = []
     for number, pair in enumerate(pairs, start=1):

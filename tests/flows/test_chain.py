@@ -144,6 +144,33 @@ def test_an_edited_gate_is_judged_again_without_training(
     assert identities(spec) == before
 
 
+def test_a_release_that_is_refused_in_full_is_let_out_once_the_threshold_is_lowered(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    spec, _ = finished
+    link = spec.parent / "artifacts/tiny/model"
+    assert link.is_symlink()
+    full = spec.with_name("full.yaml")
+    gates = "{metric: domain, improves_on: base}, {metric: pairs.reward_margin, at_least: 900}"
+    full.write_text(tiny.SPEC + f"release:\n  gates: [{gates}]\n")
+    refused = run(full)
+    assert refused.returncode == 3, refused.stderr
+    assert "trivium: the release is made and not let out: 1 of 2 gates failed: pairs.reward_margin" in refused.stderr
+    assert "release: evaluate" in refused.stderr
+    assert "train" not in refused.stderr
+    assert "gate passed release: domain" in refused.stdout
+    assert not link.is_symlink()  # it led to what is refused now
+    database = spec.parent / "artifacts/.prefect/prefect.db"
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        states = connection.execute("select state_name from flow_run where name = 'release'").fetchall()
+    assert ("GateFailed",) in states
+    full.write_text(full.read_text().replace("at_least: 900", "at_least: 0"))
+    let_out = run(full, "--no-prefect")
+    assert let_out.returncode == 0, let_out.stderr
+    assert "evaluate" not in let_out.stderr
+    assert link.is_symlink()
+
+
 def test_a_refused_stage_is_made_again_with_a_change_and_prefect_shows_both_attempts(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -239,6 +239,20 @@ def test_pairs_longer_than_the_window_are_refused(model, tokenizer, folder):
 # The harness
 
 
+def test_a_limit_scores_the_first_rows_as_they_are_scored_among_all(model, tokenizer, folder):
+    whole, _ = perplexity.measure(texts_spec(), folder, model, tokenizer, "texts")
+    first, shown = perplexity.measure(texts_spec(limit=3), folder, model, tokenizer, "texts")
+    assert (first["bits_per_byte"].n, whole["bits_per_byte"].n) == (3, 5)
+    assert first["bits_per_byte"].numerators == pytest.approx(whole["bits_per_byte"].numerators[:3], rel=1e-5)
+    assert first["bits_per_byte"].weights == whole["bits_per_byte"].weights[:3]
+    assert shown["bytes"] == sum(first["bits_per_byte"].weights)
+    _, _, all_pairs = preference.measure(pairs_spec(), folder, model, tokenizer, "pairs", None)
+    start = {side: scores[:4] for side, scores in all_pairs.items()}
+    rewards, counted, some = preference.measure(pairs_spec(limit=4), folder, model, tokenizer, "pairs", start)
+    assert (counted["pairs"], rewards["reward_margin"].n) == (4, 4)
+    assert some["chosen"] == pytest.approx(all_pairs["chosen"][:4], rel=1e-5)
+
+
 def task_spec(**fields) -> LmEvalSpec:
     return LmEvalSpec.model_validate(
         {"kind": "lm_eval", "task": "tasks/qa.yaml", "metric": "acc", "sequence_length": 128, "batch_size": 4} | fields
