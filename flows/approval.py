@@ -110,7 +110,7 @@ def _chosen(plan: "Plan", stage: str | None, spec: Path) -> "Question":
     from stages.approval import decision_on, questions
 
     asked = questions(plan)
-    names = [step.name for step in plan.steps if step.stage is not None]
+    names = [step.name for step in plan.steps if step.stage is not None or step.gates]
     if stage is not None:
         if stage not in names:
             raise InvalidInput(f"--stage {stage}: no such stage; stages: {', '.join(names)}")
@@ -125,8 +125,7 @@ def _chosen(plan: "Plan", stage: str | None, spec: Path) -> "Question":
 
 
 def _why_nothing(plan: "Plan", stage: str | None) -> str:
-    steps = [step for step in plan.steps if step.stage is not None and stage in (None, step.name)]
-    askers = [step for step in steps if step.stage is not None and step.stage.policy == "approve"]
+    askers = [step for step in plan.steps if step.policy == "approve" and stage in (None, step.name)]
     if not askers:
         return "on_gate_failure is not approve" + ("" if stage is None else f" for stage {stage}")
     pending = [step.name for step in askers if step.artifact is None or step.missing]

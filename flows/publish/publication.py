@@ -115,7 +115,8 @@ def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
         reasons = " | ".join(one.reason for one in against)
         said = "" if asked is None else f"; {standing(asked)}"
         hint = "; --with-warnings publishes it all the same, and its card says so" if warned else said
-        yield GateRefused(f"stage {step.title}: {reasons}{hint}")
+        who = "the release" if step.stage is None else f"stage {step.title}"
+        yield GateRefused(f"{who}: {reasons}{hint}")
 
 
 def _judged(plan: Plan, step: Step) -> list[Verdict]:

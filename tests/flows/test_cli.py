@@ -72,6 +72,8 @@ def test_validate_and_plan_say_what_would_happen(project: Path) -> None:
         ["run", "2", "answers"],
         ["run", "3", "manner"],
         ["run", "4", "release:"],
+        ["measured", "of", "the"],
+        ["to", "measure", "now:"],
         ["disk:", "at", "least"],
     ]
     assert planned.stdout.count("never run") == 5

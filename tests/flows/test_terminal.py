@@ -1,6 +1,7 @@
 """Texts of others on the terminal: what looks like markup is text."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def printed(text: str) -> str:
 
 
 def test_a_reason_of_the_plan_is_printed_as_it_is(step: Step, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline: Any = None
+    pipeline: Any = SimpleNamespace(metrics={})
     terminal.print_plan(Plan(pipeline, step.place, step.place, (step,)), {})
     assert TEXT in printed(capsys.readouterr().out)
 

@@ -115,7 +115,9 @@ CORPUS = "path: data/corpus.jsonl"
 EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "unknown key": (
         [("seed: 3", "sed: 3")],
-        ["3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages"],
+        [
+            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release"
+        ],
     ),
     "missing key": ([("    kind: cpt\n", "")], ["10:5: stages[0].kind: missing; allowed: cpt, ift, dpo"]),
     "missing data": (
@@ -264,7 +266,7 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [("seed: 3", f"{TOKEN}: 3")],
         [
             f"3:1: [redacted]: looks like a Hugging Face token: {SECRET}",
-            "3:1: [redacted]: unknown key; allowed: name, model, seed, metrics, diagnostics, stages",
+            "3:1: [redacted]: unknown key; allowed: name, model, seed, metrics, diagnostics, stages, release",
         ],
     ),
     "URL with a password": (
@@ -278,7 +280,7 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "everything at once, files too": (
         [("seed: 3", "sed: 3"), ("rank: 4}", "rnak: 4}"), (CORPUS, "path: data/corpse.jsonl"), ("qa.yaml", "qq.yaml")],
         [
-            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages",
+            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release",
             "7:23: metrics.qa.task: {folder}/tasks/qq.yaml: no such file",
             "13:12: stages[0].data[0]: {folder}/data/corpse.jsonl: no such file",
             "18:26: stages[1].method.rnak: unknown key; did you mean 'rank'? "

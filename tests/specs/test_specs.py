@@ -63,11 +63,13 @@ stages:
     method: {{kind: full}}
     data: [{{path: data/chats.jsonl}}]
     train: {{learning_rate: 1e-4, max_steps: 12}}
+release: {{gates: [{{metric: domain, at_most: 3}}], metrics: [qa], limit: 500, on_gate_failure: warn}}
 """  # noqa: E501
 
 # What may change without a result changing. A field that joins this list must not alter what a stage computes.
 NAME_ONLY = {
     "StageSpec.name": "a label",
+    "PipelineSpec.release": "judges the released model, which is what it is",
     "ModelSpec.license": "stands in the model card",
     "ModelSpec.origin": "stands in the model card",
     "StageSpec.seed": "the plan puts the seed that is used in its place",
