@@ -116,7 +116,7 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "unknown key": (
         [("seed: 3", "sed: 3")],
         [
-            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release"
+            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release"  # noqa: E501
         ],
     ),
     "missing key": ([("    kind: cpt\n", "")], ["10:5: stages[0].kind: missing; allowed: cpt, ift, dpo"]),
@@ -280,7 +280,7 @@ EDITS: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "everything at once, files too": (
         [("seed: 3", "sed: 3"), ("rank: 4}", "rnak: 4}"), (CORPUS, "path: data/corpse.jsonl"), ("qa.yaml", "qq.yaml")],
         [
-            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release",
+            "3:1: sed: unknown key; did you mean 'seed'? allowed: name, model, seed, metrics, diagnostics, stages, release",  # noqa: E501
             "7:23: metrics.qa.task: {folder}/tasks/qq.yaml: no such file",
             "13:12: stages[0].data[0]: {folder}/data/corpse.jsonl: no such file",
             "18:26: stages[1].method.rnak: unknown key; did you mean 'rank'? "
