@@ -67,7 +67,7 @@ class StageSpec(Spec):
         """
         made = [(change, changed(self, change, on_gate_failure=self.policy)) for change in self.changes]
         total = 1 + len(made)
-        others = [Attempt(n, total, in_words(one, change), one) for n, (change, one) in enumerate(made, start=2)]
+        others = [Attempt(n, total, in_words(self, one, change), one) for n, (change, one) in enumerate(made, start=2)]
         return (Attempt(1, total, "as written", self), *others)
 
 

@@ -1,6 +1,7 @@
 """What is tried when the gates of a stage refuse: changes to the stage as written, in order."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -117,10 +118,11 @@ def source_number(stage: Any, label: str) -> int:
     return labels.index(label)
 
 
-def in_words(stage: Any, change: ChangeSpec) -> str:
+def in_words(written: Any, stage: Any, change: ChangeSpec) -> str:
     """What an attempt changes, with the values that come of it: `learning_rate 1e-05, rank 8`.
 
     Args:
+        written: the stage as written, by whose sources the change names them.
         stage: the attempt.
         change: what made it.
     """
@@ -132,7 +134,7 @@ def in_words(stage: Any, change: ChangeSpec) -> str:
         words += ["other data"] if sources else []
     else:
         for label, source in sources.items():
-            own = whole["data"][source_number(stage, label)]
+            own = whole["data"][source_number(written, label)]
             words += [f"{word} of {label}" for word in _leaves(source, own)]
     return ", ".join(words)
 
@@ -167,6 +169,8 @@ def _multiple(value: Any, before: Any, place: Location) -> Any:
         raise UnfitChange(place, f"{value} multiplies a number, and the stage has none here; write the value")
     product = Decimal(repr(before)) * Decimal(times[1])
     if isinstance(before, float):
+        if not math.isfinite(float(product)):
+            raise UnfitChange(place, f"{value[:20]}… makes a number of {before} that is too large; write the value")
         return float(product)
     if product != product.to_integral_value():
         raise UnfitChange(place, f"{value} makes {product:f} of {before}, and it must be a whole number; write one")

@@ -62,6 +62,9 @@ def test_sources_are_changed_by_their_path_or_replaced(tmp_path):
     assert more.words == f"weight 2.0 of {source}"
     assert [one.path for one in other.stage.data] == ["data/heldout.jsonl"]
     assert other.words == "other data"
+    _, moved = load(tmp_path, f"data: {{{source}: {{path: data/heldout.jsonl}}}}").stages[0].attempts()
+    assert moved.words == f"path data/heldout.jsonl of {source}"
+    assert [one.path for one in moved.stage.data] == ["data/heldout.jsonl"]
 
 
 def test_more_replay_is_a_multiple_of_its_share(tmp_path):
@@ -130,6 +133,10 @@ def test_a_job_tells_its_process_the_attempt_and_nothing_that_was_not_given(tmp_
         ("train: {learning_rate: null}", "retry[0].train.learning_rate: missing"),
         ("train: {epochs: 2}", "retry[0].train: give either epochs or max_steps"),
         ("train: {epochs: x2}", "retry[0].train.epochs: x2 multiplies a number, and the stage has none here"),
+        (
+            f"train: {{learning_rate: x{'9' * 400}}}",
+            "retry[0].train.learning_rate: x9999999999999999999… makes a number",
+        ),
         ("train: {batch_size: x0.3}", "retry[0].train.batch_size: x0.3 makes 1.2 of 4, and it must be a whole number"),
         ("method: {rank: 4}", "retry[0].method.rank: unknown key; allowed: kind, top_percent"),
         ("method: {kind: lorra}", "retry[0].method.kind: unknown method 'lorra'; did you mean 'lora'?"),

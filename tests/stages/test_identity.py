@@ -81,9 +81,10 @@ def test_a_change_of_any_field_of_a_method_is_named_with_both_values(kind):
 
 def test_no_field_was_added_to_a_pipeline_or_a_model_without_a_thought_for_identity():
     """These are put into identities one by one: whoever adds a field says in `stages.identity` what it changes."""
-    assert set(Pipeline.model_fields) == {"name", "model", "seed", "metrics", "stages"}
+    assert set(Pipeline.model_fields) == {"name", "model", "seed", "metrics", "diagnostics", "stages", "release"}
     assert set(ModelSpec.model_fields) == {
-        "path", "gguf", "hub", "revision", "dtype", "chat_template", "template_date", "allow_remote_code",
+        "path", "gguf", "hub", "revision", "dtype", "chat_template", "template_date", "allow_remote_code", "license",
+        "origin",
     }  # fmt: skip
 
 
