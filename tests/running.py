@@ -5,8 +5,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,6 +14,17 @@ import tiny
 
 TRIVIUM = [sys.executable, "-m", "flows.cli"]
 DEADLINE = 200
+REPOSITORY = Path(__file__).parents[1]
+SERVE = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+if __name__ == "__main__":
+    from pathlib import Path
+    from flows.server import use_project_server
+    use_project_server(Path(sys.argv[1]))
+    from flows.served import serve
+    serve("served")
+"""
 ONE_STAGE = tiny.SPEC.partition("  - name: answers")[0].replace(
     "max_steps: 12, sequence_length: 64", "max_steps: 40, checkpoint_every: 10, sequence_length: 64"
 )
@@ -30,11 +41,11 @@ def run(spec: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE, env=environment())
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
+def wait_for(condition: Callable[[], object], what: str, every: float = 0.05) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, f"timed out: {what}"
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -50,3 +61,19 @@ def states(spec: Path, name: str | None = None) -> list[str]:
     with closing(sqlite3.connect(f"file:{spec.parent / 'artifacts/.prefect/prefect.db'}?mode=ro", uri=True)) as found:
         runs = found.execute("select name, state_type from flow_run union all select name, state_type from task_run")
         return [state for one, state in runs.fetchall() if name in (None, one)]
+
+
+@contextmanager
+def serving(spec: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A runner of the deployment `served`, killed at the end."""
+    path, log = spec.with_name("serve.py"), spec.with_name("serve.log")
+    path.write_text(SERVE)
+    with log.open("ab") as output:
+        runner = subprocess.Popen(
+            [sys.executable, path, spec.parent / "artifacts"], env=environment(), stdout=output, stderr=output
+        )
+    try:
+        yield runner
+    finally:
+        runner.kill()
+        runner.wait()

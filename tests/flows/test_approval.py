@@ -1,18 +1,25 @@
 """A person decides where gates refuse: in the store, from a terminal, and in Prefect. Nothing is trained twice."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
 import tiny
-from running import SPEC, run
+from running import SPEC, TRIVIUM, environment, run, serving, wait_for
 
 from flows import cli
 from flows.engine import Run
+from flows.server import project_server
 from stages.approval import Decision, Question, decide, decision_on, questions
 from stages.errors import InvalidInput, TryAgain
 
@@ -26,12 +33,15 @@ ASKING = (
     .replace("by: 1%}]", POLICY)
     .replace("stages:", ANSWERS)
 )
+HOSTILE = "<img src=x onerror=alert(1)> | **bold** `code`"
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A project whose stage is published, measured and refused, and the run that ended there."""
     spec = tiny.write_project(tmp_path_factory.mktemp("asked"), ASKING)
+    rows = [{"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "no"}]}]
+    tiny.write_rows(spec.parent / "data/instructions.heldout.jsonl", rows)
     return spec, run(spec, "--no-prefect")
 
 
@@ -53,12 +63,6 @@ def only_question(spec: Path) -> Question:
     return question
 
 
-def say(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    code = cli._run([str(one) for one in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
 def made(spec: Path) -> dict[str, str]:
     """What each published step was made at, by its manifest's bytes."""
     return {file.parent.name: file.read_text() for file in spec.parent.glob("artifacts/tiny/[0-9]*/manifest.json")}
@@ -67,6 +71,12 @@ def made(spec: Path) -> dict[str, str]:
 def verdict(spec: Path) -> dict:
     (file,) = spec.parent.glob("artifacts/tiny/01-knowledge-*/verdict.json")
     return json.loads(file.read_text())["body"]
+
+
+def say(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = cli._run([str(one) for one in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 def test_a_run_that_waits_for_a_person_ends_and_says_what_to_do(
@@ -99,14 +109,10 @@ def test_after_an_approval_the_chain_goes_on_and_nothing_is_made_twice(
     assert verdict(spec)["decision"] == kept.as_record()
     code, told = say(capsys, "show", spec)
     assert f"decision knowledge: approved by Ada on {kept.when}: {kept.why}" in told
-    ended = run(spec, "--no-prefect")
-    assert ended.returncode == 0, ended.stderr
-    assert "knowledge:" not in ended.stderr
-    assert {name: text for name, text in made(spec).items() if name in before} == before
-    assert len(made(spec)) == len(before) + 1
-    code, told = say(capsys, "run", spec, "--no-prefect")
+    code, told = say(capsys, "run", spec, "--no-prefect", "--until", "knowledge")
     assert code == 0
     assert "Nothing changed: every step is published, and every gate passes or a person approved." in told
+    assert made(spec) == before
     code, told = say(capsys, "verify", spec.parent)
     assert (code, "1 decision" in told) == (0, True)
 
@@ -228,3 +234,109 @@ def test_a_name_that_is_no_text_is_kept_as_text(spec: Path) -> None:
     assert kept.who == "Ad\\udce9"
     with pytest.raises(InvalidInput, match="why is empty"):
         decide(plan, only_question(spec), "approve", who="Ada", why="")
+
+
+@contextmanager
+def server(spec: Path) -> Iterator[httpx.Client]:
+    root = spec.parent / "artifacts"
+    with project_server(root) as url:
+        login = (root / ".prefect/credentials").read_text().strip().split(":")
+        with httpx.Client(base_url=url, auth=httpx.BasicAuth(*login), timeout=60) as client:
+            token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
+            yield client
+
+
+def api(client: httpx.Client, path: str, **body: Any) -> Any:
+    answer = client.post(path, json=body) if body else client.get(path)
+    return answer.raise_for_status().json()
+
+
+def state(client: httpx.Client, run: str) -> dict[str, Any]:
+    answer = client.get(f"/flow_runs/{run}")
+    return answer.json()["state"] if answer.status_code == 200 else {"type": "unknown"}  # 503: SQLite is locked
+
+
+def started(client: httpx.Client, spec: Path) -> str:
+    wait_for(lambda: client.get("/deployments/name/trivium/served").status_code == 200, "the deployment", 0.5)
+    deployment = api(client, "/deployments/name/trivium/served")["id"]
+    parameters = {"spec": str(spec), "root": str(spec.parent / "artifacts")}
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    return str(api(client, f"/deployments/{deployment}/create_flow_run", **body)["id"])
+
+
+def waits(client: httpx.Client, runner: subprocess.Popen[bytes], run: str) -> None:
+    """The run is suspended and its process has ended."""
+    wait_for(lambda: state(client, run)["type"] in {"PAUSED", "FAILED", "CRASHED"}, "the run to wait", 0.5)
+    assert state(client, run)["name"] == "Suspended", state(client, run)
+    assert state(client, run)["state_details"]["pause_timeout"] is None
+    wait_for(lambda: not flow_processes(runner), "its process to end")
+
+
+def flow_processes(runner: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [one for one in psutil.Process(runner.pid).children(recursive=True) if "tracker" not in str(one.cmdline())]
+
+
+def form(client: httpx.Client, run: str, part: str) -> Any:
+    key = state(client, run)["state_details"]["run_input_keyset"][part]
+    return api(client, f"/flow_runs/{run}/input/{key}")
+
+
+def ended(client: httpx.Client, run: str) -> dict[str, Any]:
+    wait_for(lambda: state(client, run)["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, "the end", 0.5)
+    return state(client, run)
+
+
+def stages(client: httpx.Client, run: str) -> list[tuple[str, str]]:
+    found = client.post(
+        "/flow_runs/filter", json={"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "START_TIME_ASC"}
+    )
+    return [(one["name"], one["state"]["name"]) for one in found.raise_for_status().json()]
+
+
+def test_a_served_run_waits_through_the_death_of_server_and_runner_and_goes_on_where_it_was(spec: Path) -> None:
+    before = made(spec)
+    with server(spec) as client, serving(spec) as runner:
+        run = started(client, spec)
+        waits(client, runner, run)
+        shown = form(client, run, "description")
+        runner.send_signal(signal.SIGKILL)
+        os.kill(json.loads((spec.parent / "artifacts/.prefect/server.json").read_text())["pid"], signal.SIGKILL)
+    assert "| domain improves on base by 90\\%\\, by its value alone | **failed** |" in shown
+    assert "\\<img src\\=x onerror\\=alert\\(1\\)\\> \\| \\*\\*bold\\*\\*" in shown
+    assert "| prompt | base | knowledge |" in shown
+    with server(spec) as client, serving(spec):
+        assert state(client, run)["name"] == "Suspended"
+        for wrong in (
+            {"decision": "maybe", "reviewer": "Ada", "why": "x"},
+            {"decision": "approve", "reviewer": " ", "why": "x"},
+            {},
+        ):
+            assert api(client, f"/flow_runs/{run}/resume", run_input=wrong)["status"] == "REJECT"
+        given = {"decision": "approve", "reviewer": "Ada", "why": "it knows enough"}
+        assert api(client, f"/flow_runs/{run}/resume", run_input=given)["status"] == "ACCEPT"
+        assert (ended(client, run)["type"], state(client, run)["name"]) == ("COMPLETED", "Passed")
+        assert stages(client, run)[-3:] == [("base", "Cached"), ("knowledge", "Approved"), ("release", "Passed")]
+        kept = verdict(spec)["decision"]
+        assert (kept["answer"], kept["who"], kept["why"]) == ("approve", "Ada", "it knows enough")
+        assert {name: text for name, text in made(spec).items() if name in before} == before
+        decided_from_a_terminal(client, spec)
+
+
+def decided_from_a_terminal(client: httpx.Client, spec: Path) -> None:
+    """Another verdict asks again; the release is there, so nothing is made."""
+    before = made(spec)
+    spec.write_text(spec.read_text().replace("by: 90%", "by: 91%"))
+    run = started(client, spec)
+    wait_for(lambda: state(client, run)["type"] == "PAUSED", "the run to wait", 0.5)
+    command = [*TRIVIUM, "reject", run, "--why", "not enough", "--who", "Bob"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), cwd=spec.parent)
+    assert told.returncode == 0, told.stderr
+    assert "stage knowledge: rejected by Bob on 20" in told.stdout
+    assert f"({run}) was resumed" in told.stdout
+    assert (ended(client, run)["type"], state(client, run)["name"]) == ("FAILED", "GateFailed")
+    assert "rejected by Bob" in state(client, run)["message"]
+    decision = decision_on(only_question(spec))
+    assert decision is not None
+    assert decision.who == "Bob"
+    assert made(spec) == before

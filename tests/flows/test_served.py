@@ -2,9 +2,7 @@
 
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,11 @@ import httpx
 import psutil
 import pytest
 import tiny
-from running import SPEC, environment, is_gone, sealed, wait_for
+from running import SPEC, is_gone, sealed, serving, wait_for
 
 from flows.server import project_server
 
 pytestmark = pytest.mark.flow
-REPOSITORY = Path(__file__).parents[2]
-SERVE = f"""
-import sys
-sys.path.insert(0, {str(REPOSITORY)!r})
-if __name__ == "__main__":
-    from pathlib import Path
-    from flows.server import use_project_server
-    use_project_server(Path(sys.argv[1]))
-    from flows.served import serve
-    serve("served")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +31,6 @@ def client(spec: Path) -> Iterator[httpx.Client]:
             token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
             client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
             yield client
-
-
-@contextmanager
-def serving(spec: Path) -> Iterator[subprocess.Popen[bytes]]:
-    path, log = spec.with_name("serve.py"), spec.with_name("serve.log")
-    path.write_text(SERVE)
-    with log.open("ab") as output:
-        runner = subprocess.Popen(
-            [sys.executable, path, spec.parent / "artifacts"], env=environment(), stdout=output, stderr=output
-        )
-    try:
-        yield runner
-    finally:
-        runner.kill()
-        runner.wait()
 
 
 def started(client: httpx.Client, runner: subprocess.Popen[bytes], spec: Path) -> tuple[str, list[psutil.Process]]:
