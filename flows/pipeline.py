@@ -192,7 +192,7 @@ class _PrefectHooks:
         """The run as this process has it to do: one that a person let go on makes nothing anew that was forced."""
         if self._run is None or not suspension.was_suspended(self._run):
             return run
-        suspension.take_answers(run, self._run, get_run_logger().info)
+        suspension.take_answers(run, self._run, lambda line: get_run_logger().info(line))
         return replace(run, from_stage=None)
 
     def suspend(self, run: Run, waiting: AwaitingApproval) -> None:

@@ -219,8 +219,9 @@ def _gates(verdicts: tuple[Verdict, ...]) -> str:
         )
         for one in verdicts
     ]
-    reasons = "\n".join(f"- {escaped(one.reason)}" for one in verdicts if not one.passed)
-    return f"{_table(head, rows)}\n\n{reasons}"
+    # In words first: the form is narrow, and a wide table has to be scrolled.
+    reasons = "\n".join(f"- **{one.outcome}**: {escaped(one.reason)}" for one in verdicts)
+    return f"{reasons}\n\n{_table(head, rows)}"
 
 
 def _samples(plan: Plan, question: Question) -> list[str]:

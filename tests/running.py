@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import tiny
+
+from flows.server import project_server
 
 TRIVIUM = [sys.executable, "-m", "flows.cli"]
 DEADLINE = 200
@@ -77,3 +80,15 @@ def serving(spec: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         runner.kill()
         runner.wait()
+
+
+@contextmanager
+def server(spec: Path) -> Iterator[httpx.Client]:
+    """The project's server, and a client that asks as the UI does."""
+    root = spec.parent / "artifacts"
+    with project_server(root) as url:
+        login = (root / ".prefect/credentials").read_text().strip().split(":")
+        with httpx.Client(base_url=url, auth=httpx.BasicAuth(*login), timeout=60) as client:
+            token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
+            yield client

@@ -6,20 +6,19 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
 import pytest
 import tiny
-from running import SPEC, TRIVIUM, environment, run, serving, wait_for
+from running import SPEC, TRIVIUM, environment, run, server, serving, wait_for
 
 from flows import cli
 from flows.engine import Run
-from flows.server import project_server
 from stages.approval import Decision, Question, decide, decision_on, questions
 from stages.errors import InvalidInput, TryAgain
 
@@ -236,17 +235,6 @@ def test_a_name_that_is_no_text_is_kept_as_text(spec: Path) -> None:
         decide(plan, only_question(spec), "approve", who="Ada", why="")
 
 
-@contextmanager
-def server(spec: Path) -> Iterator[httpx.Client]:
-    root = spec.parent / "artifacts"
-    with project_server(root) as url:
-        login = (root / ".prefect/credentials").read_text().strip().split(":")
-        with httpx.Client(base_url=url, auth=httpx.BasicAuth(*login), timeout=60) as client:
-            token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
-            client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
-            yield client
-
-
 def api(client: httpx.Client, path: str, **body: Any) -> Any:
     answer = client.post(path, json=body) if body else client.get(path)
     return answer.raise_for_status().json()
@@ -340,3 +328,15 @@ def decided_from_a_terminal(client: httpx.Client, spec: Path) -> None:
     assert decision is not None
     assert decision.who == "Bob"
     assert made(spec) == before
+
+
+def test_a_run_that_a_person_let_go_on_makes_nothing_anew_that_was_forced(spec: Path) -> None:
+    from prefect.client.schemas.objects import FlowRun
+
+    from flows.pipeline import _PrefectHooks
+
+    hooks = _PrefectHooks(None)
+    forced = Run(spec, spec.parent / "artifacts", from_stage="knowledge")
+    for keys, expected in (([], "knowledge"), (["0"], "knowledge"), (["approval-0123456789abcdef-knowledge-0"], None)):
+        hooks._run = FlowRun(flow_id=uuid4(), empirical_policy={"pause_keys": set(keys)})
+        assert hooks.resumed(forced).from_stage == expected

@@ -10,9 +10,7 @@ import httpx
 import psutil
 import pytest
 import tiny
-from running import SPEC, is_gone, sealed, serving, wait_for
-
-from flows.server import project_server
+from running import SPEC, is_gone, sealed, server, serving, wait_for
 
 pytestmark = pytest.mark.flow
 
@@ -24,13 +22,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(spec: Path) -> Iterator[httpx.Client]:
-    root = spec.parent / "artifacts"
-    with project_server(root) as url:
-        login = (root / ".prefect/credentials").read_text().strip().split(":")
-        with httpx.Client(base_url=url, auth=httpx.BasicAuth(*login), timeout=60) as client:
-            token = client.get("/csrf-token", params={"client": "test"}).raise_for_status().json()["token"]
-            client.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token})
-            yield client
+    with server(spec) as client:
+        yield client
 
 
 def started(client: httpx.Client, runner: subprocess.Popen[bytes], spec: Path) -> tuple[str, list[psutil.Process]]:
