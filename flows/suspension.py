@@ -27,10 +27,12 @@ from pydantic import Field
 
 from flows.artifacts import escaped
 from flows.engine import Run
+from specs.base import fingerprint
 from specs.metric import GenerationSpec
 from specs.pipeline import BASE, PREVIOUS
 from specs.secrets import redact
 from stages.approval import LONGEST, Decision, Question, command, decide, decision_on, questions
+from stages.artifact import short
 from stages.errors import InvalidInput
 from stages.gate import Verdict
 from stages.plan import Plan
@@ -121,7 +123,11 @@ def suspend(run: Run, flow_run: FlowRun, question_key: str) -> None:
 
 def _key(question: Question, end: str) -> str:
     """What Prefect calls a wait: letters, digits and dashes; another one each time, as an old one is passed by."""
-    return f"{_PREFIX}-{question.key[:16]}-{question.step.name}-{end}"
+    return f"{_PREFIX}-{question.key[:16]}-{_stage(question)}-{end}"
+
+
+def _stage(question: Question) -> str:
+    return short(fingerprint(question.step.name))  # the name itself may hold underscores
 
 
 def find_run(name: str | UUID) -> tuple[Path, Path]:
@@ -176,9 +182,8 @@ def _waits_for(flow_run: FlowRun, spec: Path, root: Path, question: Question) ->
     key = None if flow_run.state is None else flow_run.state.state_details.pause_key
     if key is None or not _is_ours(flow_run) or not key.startswith(f"{_PREFIX}-"):
         return False
-    stage = key.split("-", 2)[2].rpartition("-")[0]
     places = [(flow_run.parameters["spec"], spec), (flow_run.parameters["root"], root)]
-    return stage == question.step.name and all(
+    return key.split("-")[2] == _stage(question) and all(
         os.path.realpath(theirs) == os.path.realpath(own) for theirs, own in places
     )
 
@@ -235,7 +240,7 @@ def _samples(plan: Plan, question: Question) -> list[str]:
             step = plan.step(where, question.step)
             evaluation = None if step is None else step.evaluation(metric)
             if step is not None and evaluation is not None:
-                columns.setdefault(step.name, evaluation.samples[:SAMPLES])
+                columns.setdefault(escaped(step.name), evaluation.samples[:SAMPLES])
         rows = [
             (_prompt(answers[0]["prompt"]), *(_cut(one["answer"]) for one in answers))
             for answers in zip(*columns.values(), strict=False)

@@ -283,6 +283,7 @@ def stages(client: httpx.Client, run: str) -> list[tuple[str, str]]:
 
 
 def test_a_served_run_waits_through_the_death_of_server_and_runner_and_goes_on_where_it_was(spec: Path) -> None:
+    spec.write_text(spec.read_text().replace("name: knowledge", "name: its_knowledge"))
     before = made(spec)
     with server(spec) as client, serving(spec) as runner:
         run = started(client, spec)
@@ -292,7 +293,7 @@ def test_a_served_run_waits_through_the_death_of_server_and_runner_and_goes_on_w
         os.kill(json.loads((spec.parent / "artifacts/.prefect/server.json").read_text())["pid"], signal.SIGKILL)
     assert "| domain improves on base by 90\\%\\, by its value alone | **failed** |" in shown
     assert "\\<img src\\=x onerror\\=alert\\(1\\)\\> \\| \\*\\*bold\\*\\*" in shown
-    assert "| prompt | base | knowledge |" in shown
+    assert "| prompt | base | its\\_knowledge |" in shown
     with server(spec) as client, serving(spec):
         assert state(client, run)["name"] == "Suspended"
         for wrong in (
@@ -304,7 +305,7 @@ def test_a_served_run_waits_through_the_death_of_server_and_runner_and_goes_on_w
         given = {"decision": "approve", "reviewer": "Ada", "why": "it knows enough"}
         assert api(client, f"/flow_runs/{run}/resume", run_input=given)["status"] == "ACCEPT"
         assert (ended(client, run)["type"], state(client, run)["name"]) == ("COMPLETED", "Passed")
-        assert stages(client, run)[-3:] == [("base", "Cached"), ("knowledge", "Approved"), ("release", "Passed")]
+        assert stages(client, run)[-3:] == [("base", "Cached"), ("its_knowledge", "Approved"), ("release", "Passed")]
         kept = verdict(spec)["decision"]
         assert (kept["answer"], kept["who"], kept["why"]) == ("approve", "Ada", "it knows enough")
         assert {name: text for name, text in made(spec).items() if name in before} == before
@@ -320,7 +321,7 @@ def decided_from_a_terminal(client: httpx.Client, spec: Path) -> None:
     command = [*TRIVIUM, "reject", run, "--why", "not enough", "--who", "Bob"]
     told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), cwd=spec.parent)
     assert told.returncode == 0, told.stderr
-    assert "stage knowledge: rejected by Bob on 20" in told.stdout
+    assert "stage its_knowledge: rejected by Bob on 20" in told.stdout
     assert f"({run}) was resumed" in told.stdout
     assert (ended(client, run)["type"], state(client, run)["name"]) == ("FAILED", "GateFailed")
     assert "rejected by Bob" in state(client, run)["message"]
