@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from flows import process
+from flows.release_link import point_to_release, withdraw
 from stages.approval import Decision, decision_on, question_of, record_verdict, require_approval, verdict_record
-from stages.artifact import JOBS, MODEL, VERDICT, lock_file, read, set_aside
+from stages.artifact import JOBS, VERDICT, lock_file, set_aside
 from stages.check import check_base, check_inputs
 from stages.documents import read_sealed
 from stages.errors import GateRefused, InvalidInput, TriviumError
@@ -174,7 +175,7 @@ def _run_chain(run: Run, hooks: Hooks) -> list[Outcome]:
     finally:
         process.dismiss()
     if run.until_stage is None:
-        _point_to_release(plan)
+        point_to_release(plan)
         _keep_card(run, plan)
     return outcomes
 
@@ -235,7 +236,7 @@ def _stop_if_refused(run: Run, plan: Plan, outcome: Outcome) -> None:
     best = "" if step.attempts == 1 else f"all {step.attempts} attempts were refused, and this is the best: "
     who = f"stage {step.title}" if step.name != RELEASE else "the release is made and not let out"
     approved = outcome.decision is not None and outcome.decision.approved
-    withdrawn = "" if approved or step.name != RELEASE else _withdraw(plan)
+    withdrawn = "" if approved or step.name != RELEASE else withdraw(plan)
     if (asked := question_of(step, outcome.verdicts)) is not None:
         require_approval(asked, best + outcome.gates_line + withdrawn, run.spec)
     else:
@@ -274,17 +275,9 @@ def nothing_to_do(run: Run, plan: Plan) -> bool:
     if not is_done(plan):
         return False
     remember_plan(run, plan)
-    _point_to_release(plan)
+    point_to_release(plan)
     _keep_card(run, plan)
     return True
-
-
-def _point_to_release(plan: Plan) -> None:
-    """Let the store's link name the release of ``plan``: another spec's run, or an edit, may have moved it."""
-    released = read(plan.steps[-1].place) if plan.steps[-1].name == RELEASE else None
-    link = plan.store / MODEL
-    if released is not None and not (link.is_symlink() and link.parent / link.readlink() == released.loadable):
-        point_to(released.loadable, link)
 
 
 def _keep_card(run: Run, plan: Plan) -> None:
@@ -292,26 +285,6 @@ def _keep_card(run: Run, plan: Plan) -> None:
     from flows.model_card import keep_card
 
     keep_card(run.plan(pipeline=plan.pipeline), run.spec)
-
-
-def _withdraw(plan: Plan) -> str:
-    """Take the store's link off a release that its gates refuse by now; says so. One to another release stays."""
-    link, released = plan.store / MODEL, read(plan.steps[-1].place)
-    if released is None or not link.is_symlink() or link.parent / link.readlink() != released.loadable:
-        return ""
-    link.unlink()
-    return f". {link} led to it, since before the gates were stricter, and was removed"
-
-
-def point_to(model: Path, link: Path) -> None:
-    """Let ``link`` name the released model, so that its path stays the same from run to run.
-
-    Where the release is base + adapter, that is the folder of both: the base alone would load, and be another model.
-    """
-    fresh = link.with_name(".model.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(model.relative_to(link.parent))
-    fresh.replace(link)
 
 
 def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:

@@ -166,7 +166,7 @@ def test_the_summary_says_that_it_is_base_and_adapter(chains):
 
 
 def test_the_stable_link_names_the_folder_of_both(chains, tmp_path):
-    from flows.engine import point_to
+    from flows.release_link import point_to
 
     plan = chains("prefix_tuning")
     link = plan.store / MODEL
