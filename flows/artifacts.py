@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,15 +19,16 @@ from prefect.artifacts import (
 
 from flows.engine import Outcome
 from flows.process import Event
-from flows.summary import Summary
+from flows.report.charts import alone, scatter
+from flows.report.facts import stage_facts, trade
+from flows.report.page import REPORT, pictures
+from flows.summary import Summary, summarise
 from specs.printable import printable_line
 from stages.artifact import read
-from stages.plan import Step
-from stages.plots import LOSS, SPECTRUM
+from stages.plan import Plan, Step
 
 SECONDS_BETWEEN_UPDATES = 2.0
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
-_PICTURES = {LOSS: "training loss and learning rate", SPECTRUM: "which weight matrices Spectrum trained"}
 
 
 class Reporter:
@@ -84,25 +84,24 @@ def report_stage(step: Step, outcome: Outcome) -> None:
             create_table_artifact(rows, key=_key(*_owner(step), "gates"), description=outcome.line)
         artifact = read(step.place)
         if artifact is not None:
-            for name, title in _PICTURES.items():
-                picture = artifact.path / name
-                if picture.is_file():
-                    create_markdown_artifact(
-                        f"![{title}]({_data_uri(picture)})",
-                        key=_key(*_owner(step), picture.stem),
-                        description=f"{step.title}: {title}",
-                    )
+            for name, (title, chart) in pictures(stage_facts(step.title, artifact)).items():
+                create_markdown_artifact(
+                    f"![{title}]({_data_uri(chart)})",
+                    key=_key(*_owner(step), name),
+                    description=f"{step.title}: {title}",
+                )
 
 
-def report_run(summary: Summary) -> None:
+def report_run(plan: Plan) -> None:
     """The table of the whole chain, at the flow run itself: the UI does not show a subflow's artifacts there."""
     with suppress(Exception):
+        summary = summarise(plan)
         create_markdown_artifact(
-            markdown(summary), key=_key(summary.title, "report"), description=f"{summary.title}: every stage"
+            markdown(summary, plan), key=_key(summary.title, "report"), description=f"{summary.title}: every stage"
         )
 
 
-def markdown(summary: Summary) -> str:
+def markdown(summary: Summary, plan: Plan | None = None) -> str:
     """The summary as a page: the chain, metrics, verdicts, costs, the model's folder."""
     chain = " --> ".join(f"{name}" for name in summary.columns[1:])
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
@@ -112,6 +111,12 @@ def markdown(summary: Summary) -> str:
     lines = [f"- **{verdict.outcome}** {stage}: {verdict.reason}" for stage, verdict in summary.verdicts]
     lines += [f"- **decision** {stage}: {escaped(said)}" for stage, said in summary.decisions]
     parts += ["\n".join(lines), _table(summary.columns, summary.costs)]
+    if plan is not None:
+        if (found := trade(plan)) is not None:
+            title = "learned against kept, each stage a point"
+            parts.insert(2, f"![{title}]({_data_uri(scatter(found.points, found.x, found.y))})")
+        # A page from a server may not open a file: the path is to be copied.
+        parts.append(f"Report: `{plan.store / REPORT}`")
     if summary.withheld:
         parts.append(f"**No model**: {summary.withheld}")
     if summary.release is not None:
@@ -139,5 +144,5 @@ def _key(*parts: str) -> str:
     return "-".join(parts).replace("_", "-").lower()
 
 
-def _data_uri(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def _data_uri(chart: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(alone(chart).encode()).decode()

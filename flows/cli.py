@@ -14,6 +14,7 @@ from flows.approval import approve, reject
 from flows.diagnose import diagnose
 from flows.model_commands import adapters, chat, combine, publish, scan
 from flows.project import ARTIFACTS, DEFAULT_SPEC, Place, Root, SpecFile, root_of
+from flows.report.command import report
 from stages.errors import InvalidInput, TriviumError, TryAgain
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ app = App(
 
 _unheard = False  # whether the Prefect server was gone when the run ended
 
-for command in (approve, reject, scan, chat, adapters, combine, diagnose, publish):
+for command in (approve, reject, scan, chat, adapters, combine, diagnose, report, publish):
     app.command(command)
 
 
@@ -156,13 +157,25 @@ def run(
                 else:
                     run_chain(asked, Plain(listen))
     finally:
-        summary = summarise(asked.plan(pipeline=plan.pipeline))
+        ended = asked.plan(pipeline=plan.pipeline)
+        summary = summarise(ended)
         print_summary(summary)
+        _report(ended, asked.spec)
     if summary.withheld:
         print(f"model:  {summary.withheld}")  # noqa: T201
     if summary.release is not None:
         print(f"model:  {_described(summary.release)}")  # noqa: T201
         print(f"chat:   trivium chat {spec.parent if spec.name == DEFAULT_SPEC else spec}")  # noqa: T201
+
+
+def _report(plan: "Plan", spec: Path) -> None:
+    """Write the run's report; what the run itself came to is never lost over it."""
+    from flows.report.page import keep_report
+
+    try:
+        print(f"report: {keep_report(plan, spec)}")  # noqa: T201
+    except Exception as error:  # a full disk, a document of another version
+        print(f"trivium: the report was not written: {error}", file=sys.stderr)  # noqa: T201
 
 
 def _described(release: Path) -> str:

@@ -31,7 +31,6 @@ from flows.artifacts import Reporter, report_run, report_stage
 from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
 from flows.server import ServerError, embedded_died
-from flows.summary import summarise
 from specs.load import SpecError
 from specs.secrets import redact
 from stages.approval import PAST, question_of
@@ -269,7 +268,7 @@ class _PrefectHooks:
                 time.sleep(1)
         if self._reachable():
             with suppress(TriviumError, SpecError, OSError):
-                report_run(summarise(run.plan()))
+                report_run(run.plan())
 
     def close(self) -> None:
         """Stop watching."""

@@ -156,7 +156,7 @@ def _diagnose(job: Job, parent: Artifact, output: Path, record: dict[str, Any]) 
         reason = str(error).partition("\n")[0] or type(error).__name__
         info(f"diagnostics of {job.name} are left out: {reason}; `trivium diagnose` tries again")
         return
-    info(diagnostics.in_words(job.name, found) + f" ({time.monotonic() - began:.0f} s to find out)")
+    info(f"update of {job.name}: {diagnostics.in_words(found)} ({time.monotonic() - began:.0f} s to find out)")
 
 
 def _hand_over(

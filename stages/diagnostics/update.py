@@ -175,10 +175,10 @@ def _in_order(weights: Weights) -> Any:
     return places.__getitem__
 
 
-def in_words(name: str, found: Mapping[str, Any]) -> str:
+def in_words(found: Mapping[str, Any]) -> str:
     """One line for people: how much moved, in how many directions, and what is new."""
     if found["reason"] is not None:
-        return f"update of {name}: {found['reason']}"
+        return str(found["reason"])
     rows = found["matrices"]
     parts = [f"{100 * found['relative_norm']:.2g}% of the weights' norm in {len(rows)} matrices"]
     ranks = sorted(row["effective_rank"] for row in rows if row["effective_rank"] is not None)
@@ -188,4 +188,4 @@ def in_words(name: str, found: Mapping[str, Any]) -> str:
     if told:
         looked = found["intruders"]["k"] * len(told)
         parts.append(f"{sum(told)} intruders among {looked} leading directions")
-    return f"update of {name}: {', '.join(parts)}"
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""The report of a chain: one HTML page that needs nothing else, from the disk alone."""

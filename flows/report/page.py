@@ -1,0 +1,245 @@
+"""The page: facts and charts, put together and written."""
+
+import os
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.report import charts, facts
+from flows.summary import counted, summarise
+from specs.printable import printable
+from specs.secrets import redact
+from stages.diagnostics.update import in_words
+from stages.documents import write_text
+from stages.errors import InvalidInput
+from stages.plan import Plan
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+REPORT = "report.html"
+"""The newest report, in the folder of a pipeline's artifacts."""
+REPORTS = "reports"
+"""Those of all runs, by the time of their end."""
+_GOOD = {"passed", "approved", "released", "made", "kept"}
+_BAD = {"refused", "failed", "rejected"}
+_SECTIONS = (
+    ("gates", "Gates"), ("metrics", "Measurements"), ("curves", "Training"), ("maps", "Spectrum"),
+    ("updates", "Updates"), ("data", "Data"), ("samples", "Samples"), ("costs", "Cost"), ("lineage", "Lineage"),
+)  # fmt: skip
+_PLACES = {"curves": "training", "maps": "spectrum", "costs": "cost"}
+
+
+def write_report(plan: Plan, spec: Path, file: Path | None = None) -> Path:
+    """Write the report of a plan and return where it is.
+
+    Args:
+        plan: as it stands.
+        spec: the file that it was read from.
+        file: where to; by default beside the artifacts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    place = plan.store / REPORT if file is None else file
+    write_text(place, html_of(plan, spec))
+    return place
+
+
+def keep_report(plan: Plan, spec: Path) -> Path:
+    """Write the report of a run: one of its own, and the pipeline's newest.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    newest = write_report(plan, spec)
+    kept = plan.store / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.html"
+    write_text(kept, newest.read_text(encoding="utf-8"))
+    return newest
+
+
+def html_of(plan: Plan, spec: Path) -> str:
+    """The report as one HTML page, without a script and without anything from elsewhere."""
+    text = _template().render(_values(plan, spec))
+    return redact(text, os.environ)
+
+
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.globals |= {"tone": _tone, "counted": counted}
+    return environment.from_string(Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8"))
+
+
+def _values(plan: Plan, spec: Path) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    chain, stages = facts.chain(plan), facts.stages(plan)
+    summary, trade = summarise(plan), facts.trade(plan)
+    values: dict[str, Any] = {
+        "name": plan.pipeline.name,
+        "chain": chain,
+        "outcome": _outcome(chain),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "gates": [(stage.name, verdict, _bar(verdict, Markup)) for stage in stages for verdict in stage.verdicts],
+        "decisions": summary.decisions,
+        "metrics": (summary.columns, summary.metrics),
+        "trade": trade,
+        "trade_chart": None if trade is None else Markup(charts.scatter(trade.points, trade.x, trade.y)),  # noqa: S704
+        "curves": [(stage.name, Markup(loss_chart(stage))) for stage in stages if stage.curve],  # noqa: S704
+        "maps": [(stage.name, Markup(spectrum_chart(stage))) for stage in stages if stage.spectrum],  # noqa: S704
+        "updates": [_update(stage, Markup) for stage in stages if stage.update is not None],
+        "cosines": next(
+            (one.update["lineage"] for one in reversed(stages) if one.update and one.update.get("lineage")), None
+        ),
+        "data": [(stage.name, stage.data) for stage in stages if stage.data is not None],
+        "samples": facts.samples(plan),
+        "costs": facts.costs(plan),
+        "lineage": facts.lineage(plan),
+        "spec": _spec_text(plan, spec),
+        "chart_style": Markup(charts.STYLE),  # noqa: S704 - ours
+    }
+    there = [
+        (_PLACES.get(name, name), title)
+        for name, title in _SECTIONS
+        if (values[name] if name != "metrics" else values[name][1])
+    ]
+    return values | {"sections": [*there, ("spec", "Spec")]}
+
+
+def pictures(stage: facts.Stage) -> dict[str, tuple[str, str]]:
+    """What of a stage can be drawn: by a short name, its title and the chart."""
+    found = {}
+    if stage.curve:
+        found["loss"] = ("training loss and learning rate", loss_chart(stage))
+    if stage.spectrum:
+        found["spectrum"] = ("which weight matrices Spectrum trained", spectrum_chart(stage))
+    if (chart := update_chart(stage)) is not None:
+        found["update"] = ("what training changed, by layer and module type", chart)
+    return found
+
+
+def loss_chart(stage: facts.Stage) -> str:
+    """Loss and learning rate of a stage."""
+    entries = stage.curve
+    return charts.curves(
+        [int(one["step"]) for one in entries],
+        [one["loss"] for one in entries],
+        [one["rate"] for one in entries],
+        stage.name,
+    )
+
+
+def spectrum_chart(stage: facts.Stage) -> str:
+    """Ranks of all matrices, and those that Spectrum trains; of the experts of a layer the best one shows."""
+    rows = stage.spectrum
+    sizes: dict[str, int] = {}
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        sizes[row["type"]] = sizes.get(row["type"], 0) + 1
+        place = (row["type"], row["layer"])
+        if place not in best or row["rank"] < best[place]["rank"]:
+            best[place] = row | {"selected": row["selected"] or best.get(place, {}).get("selected", False)}
+    cells = [
+        charts.Cell(
+            kind, layer, 1 - (row["rank"] - 1) / sizes[kind], bool(row["selected"]),
+            f"{row['module']}: rank {row['rank']} of {sizes[kind]}{', trained' if row['selected'] else ''}",
+        )
+        for (kind, layer), row in best.items()
+    ]  # fmt: skip
+    chosen = sum(bool(row["selected"]) for row in rows)
+    return charts.heat(cells, f"{stage.name}: {chosen} of {len(rows)} matrices were trained")
+
+
+def update_chart(stage: facts.Stage) -> str | None:
+    """Relative size of the update by layer and module type; None where no matrix changed."""
+    rows = [row for row in (stage.update or {}).get("matrices", ()) if row["relative_norm"] is not None]
+    if not rows:
+        return None
+    largest = max(row["relative_norm"] for row in rows) or 1.0
+    cells = [
+        charts.Cell(
+            row["type"], row["layer"], row["relative_norm"] / largest, bool(row["planned"]),
+            f"{row['name']}: {100 * row['relative_norm']:.3g}% of its norm",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return charts.heat(cells, f"{stage.name}: size of the update by layer, at most {100 * largest:.3g}% of a matrix")
+
+
+def _update(stage: facts.Stage, markup: Any) -> dict[str, Any]:
+    found = stage.update
+    assert found is not None  # noqa: S101 - chosen so
+    chart = update_chart(stage)
+    types = sorted(found.get("types", {}).items(), key=lambda pair: -pair[1])
+    told = [row["intruders"] for row in found["matrices"] if row["intruders"] is not None]
+    listed = [
+        ("matrices changed", f"{len(found['matrices'])} of {len(found['matrices']) + found.get('unchanged', 0)}"),
+        ("norm", f"{found.get('norm', 0.0):.4g} ({100 * found.get('relative_norm', 0.0):.3g}% of the weights)"),
+        ("effective rank", _spread([row["effective_rank"] for row in found["matrices"]])),
+        ("stable rank", _spread([row["stable_rank"] for row in found["matrices"]])),
+        ("intruders", f"{sum(told)} in {sum(map(bool, told))} of {len(told)} matrices" if told else "–"),
+        ("outside the layers", f"{100 * found.get('outside', 0.0):.3g}% of the squared norm"),
+    ]
+    if found.get("unplanned") is not None:
+        listed.append(("outside what was selected", f"{100 * found['unplanned']:.3g}%"))
+    if found.get("rounding"):
+        listed.append(("what quantising changed", f"{found['rounding']['norm']:.4g}"))
+    return {
+        "stage": stage.name,
+        "words": in_words(found),
+        "against": found["against"] if found["against"] != "start" else "",
+        "heat": None if chart is None else markup(chart),
+        "marked": any(row["planned"] for row in found["matrices"]),
+        "types": markup(charts.bars(types, f"{stage.name}: share of the update by module type")),
+        "facts": listed,
+    }
+
+
+def _spread(values: list[float | None]) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "–"
+    return f"{known[len(known) // 2]:.3g} in the middle, {known[0]:.3g} to {known[-1]:.3g}"
+
+
+def _bar(verdict: Any, markup: Any) -> Any:
+    if None in (verdict.low, verdict.high, verdict.required):
+        return None
+    return markup(charts.interval(verdict.low, verdict.high, verdict.required, verdict.outcome))
+
+
+def _outcome(chain: list[facts.Link]) -> str:
+    """The one sentence at the top."""
+    for link in chain:
+        if link.state in ("refused", "undecided", "rejected") and not any(
+            later.state == "released" or later.seconds is not None for later in chain[chain.index(link) + 1 :]
+        ):
+            return f"Stopped at {link.name}: its gates do not let it pass"
+        if link.state == "waiting":
+            return f"Waits for a person's decision on {link.name}"
+    missing = next((link.name for link in chain if link.state in ("missing", "unmeasured")), None)
+    if missing is not None:
+        return f"Not finished: {missing} is next"
+    warned = [link.name for link in chain if link.state == "warned"]
+    return "Released" + (f", with a warning at {', '.join(warned)}" if warned else "")
+
+
+def _tone(state: str) -> str:
+    return "good" if state in _GOOD else "bad" if state in _BAD else "" if state == "missing" else "open"
+
+
+def _spec_text(plan: Plan, spec: Path) -> str:
+    """The spec as it was run: the file, unless it has been edited since."""
+    from specs.load import SpecError
+    from stages.pipeline import load_pipeline
+
+    try:
+        if load_pipeline(spec)[0] == plan.pipeline:
+            return printable(spec.read_text(encoding="utf-8"))
+    except (SpecError, InvalidInput, OSError):
+        pass
+    return printable(plan.pipeline.model_dump_json(indent=1, exclude_unset=True))
