@@ -15,7 +15,6 @@ from stages.diagnostics.stage import diagnostics_of
 from stages.documents import read_object
 from stages.errors import InvalidInput
 from stages.evaluate import Evaluation
-from stages.gate import Verdict
 from stages.plan import RELEASE, Plan, Step
 
 PROMPTS = 12
@@ -45,7 +44,6 @@ class Stage:
     """A stage that is published, or an attempt at it."""
 
     name: str
-    verdicts: tuple[Verdict, ...]
     training: dict[str, Any]
     data: dict[str, Any] | None
     update: dict[str, Any] | None
@@ -81,17 +79,16 @@ def stages(plan: Plan) -> list[Stage]:
     for step in sorted(plan.named, key=lambda step: (step.order, step.attempt)):
         if step.stage is None or step.artifact is None:
             continue
-        verdicts = () if step.missing else tuple(plan.verdicts(step))
-        found.append(stage_facts(step.title, step.artifact, verdicts))
+        found.append(stage_facts(step.title, step.artifact))
     return found
 
 
-def stage_facts(name: str, artifact: Artifact, verdicts: tuple[Verdict, ...] = ()) -> Stage:
+def stage_facts(name: str, artifact: Artifact) -> Stage:
     """What the artifact of a stage says of it; what cannot be read is left out."""
     training = _kept(artifact.path / "training.json") or {}
     curve = [entry for entry in training.get("training", {}).get("curve", ()) if isinstance(entry, dict)]
     data = _kept(artifact.path / DATA_REPORT)
-    return Stage(name, verdicts, training, data, diagnostics_of(artifact), _thinned(curve))
+    return Stage(name, training, data, diagnostics_of(artifact), _thinned(curve))
 
 
 def trade(plan: Plan) -> Trade | None:
@@ -225,7 +222,7 @@ def _judged(plan: Plan, step: Step) -> tuple[str, str]:
         if decision is None:
             return "waiting", f"a person decides: {line}"
         return ("approved" if decision.approved else "rejected"), f"{decision}"
-    if step.stage is not None and step.stage.policy == "warn":
+    if step.policy == "warn":
         return "warned", line
     undecided = all(verdict.outcome == "undecided" for verdict in against)
     return ("undecided" if undecided else "refused"), line

@@ -82,11 +82,12 @@ def _values(plan: Plan, spec: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "name": plan.pipeline.name,
         "chain": chain,
-        "outcome": _outcome(chain),
+        "outcome": _outcome(chain) if not summary.withheld else f"No model: {summary.withheld}",
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "gates": [(stage.name, verdict, _bar(verdict, Markup)) for stage in stages for verdict in stage.verdicts],
+        "gates": [(name, verdict, _bar(verdict, Markup)) for name, verdict in summary.verdicts],
         "decisions": summary.decisions,
         "metrics": (summary.columns, summary.metrics),
+        "released": (("", *summary.release_columns[1:]), summary.release_metrics),
         "trade": trade,
         "trade_chart": None if trade is None else Markup(charts.scatter(trade.points, trade.x, trade.y)),  # noqa: S704
         "curves": [(stage.name, Markup(loss_chart(stage))) for stage in stages if stage.curve],  # noqa: S704

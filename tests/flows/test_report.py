@@ -40,6 +40,7 @@ stages:
     data: [{path: data/instructions.jsonl}]
     train: {learning_rate: 1e-3, max_steps: 2, sequence_length: 64, batch_size: 2, precision: float32}
     gates: [{metric: domain, at_least: 1000}]
+release: {gates: [{metric: general, keeps: base, within: 90%}]}
 """
 HOSTILE = "<script>alert(1)</script> </pre><img src=x onerror=alert(2)> \x1b[2J \u202egnp.exe {{ 7 * 7 }}"
 
@@ -141,6 +142,7 @@ def test_a_lowered_threshold_is_seen_without_anything_else(project):
     edited = plan_of(project, "at_least: 1000", "at_least: 0.001")
     page = html_of(edited, project.with_name("edited.yaml"))
     assert "Not finished: release is next" in page
+    assert "For the release" in page
     assert "at_least: 0.001" in page
 
 
