@@ -77,10 +77,9 @@ def _listed(plan: Plan, tier: Tier, metrics: Any) -> str:
 def _to_do(plan: Plan, ahead: list[Measurement]) -> str:
     costs = [cost(plan, one.metric, one.tier).seconds for one in ahead]
     timed = [seconds for seconds in costs if seconds is not None]
-    unknown = len(costs) - len(timed)
-    said = f"about {duration(sum(timed))}" if timed else ""
-    if unknown:
-        said += (" and " if said else "") + f"what {unknown} of them take, which were not timed yet"
+    said = f"about {duration(sum(timed))}" if timed else "none of which was timed yet"
+    if timed and len(timed) < len(costs):
+        said += f" for {len(timed)} of them; the others were not timed yet"
     return f"to measure now: {len(costs)} measurement{'s'[: len(costs) != 1]}, {said}"
 
 

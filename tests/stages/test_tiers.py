@@ -246,7 +246,7 @@ def test_the_plan_counts_rows_and_says_what_was_never_timed(project):
         "timed yet); pairs (5 examples, not timed yet); qa (5 examples, not timed yet)",
         "measured before the release, of base, knowledge, the released model: domain (20 examples, not timed yet); "
         "general (20 examples, not timed yet); pairs (20 examples, not timed yet)",
-        "to measure now: 17 measurements, what 17 of them take, which were not timed yet",
+        "to measure now: 17 measurements, none of which was timed yet",
     ]
 
 
