@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specs.metric import EndpointSpec
+from specs.metric import EndpointSpec, is_on_this_machine
 from specs.printable import printable_line
 from specs.secrets import redact
 from stages.errors import InvalidInput, StageFailed, TryAgain
@@ -26,6 +28,10 @@ _LETTER = re.compile(r"(?<![A-Za-z])[ABC](?![A-Za-z])")
 _LONGEST_WAIT = 60.0
 _SHOWN = 200
 """Characters of a server's words in a message."""
+_LARGEST = 8 << 20
+"""Bytes of a reply, unpacked: more is no chat completion, and would fill the memory."""
+_READ = ("retry-after", "location", "content-type")
+"""What is looked at of a reply's headers."""
 
 
 def endpoint_judge(spec: EndpointSpec, label: str, cache: Path, environment: Mapping[str, str]) -> Ask:
@@ -48,29 +54,33 @@ def endpoint_judge(spec: EndpointSpec, label: str, cache: Path, environment: Map
     file = cache / f"{_digest([spec.url, spec.model, spec.parameters])[:16]}.jsonl"
 
     def ask(questions: Sequence[str]) -> list[str | None]:
-        import httpx
-
         known = _read(file)
         keys = [_digest(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
         cache.mkdir(parents=True, exist_ok=True)
+        ended, writing = threading.Event(), threading.Lock()
         with (
-            httpx.Client(headers=headers, timeout=spec.timeout, follow_redirects=False) as client,
+            _client(spec, label, headers) as client,
             file.open("a", encoding="utf-8") as kept,
             ThreadPoolExecutor(spec.concurrency) as pool,
         ):
-            waiting = {pool.submit(_reply, client, spec, label, question): key for key, question in missing.items()}
-            try:
-                for one in as_completed(waiting):
-                    known[waiting[one]] = one.result()
+
+            def one(key: str, question: str) -> None:
+                reply = _reply(client, spec, label, question, ended)
+                with writing:  # here, so that what is under way when another one fails is kept too
                     # A line begins by itself: the one before it may have been torn.
-                    kept.write("\n" + json.dumps({"key": waiting[one], "reply": one.result()}) + "\n")
+                    kept.write("\n" + json.dumps({"key": key, "reply": reply}) + "\n")
                     kept.flush()
-                    done = len(keys) - len(missing) + sum(future.done() for future in waiting)
-                    event("measuring", metric=label, done=done, total=len(keys))
+                known[key] = reply
+
+            waiting = [pool.submit(one, key, question) for key, question in missing.items()]
+            try:
+                for number, future in enumerate(as_completed(waiting), start=len(keys) - len(missing) + 1):
+                    future.result()
+                    event("measuring", metric=label, done=number, total=len(keys))
             finally:
-                for one in waiting:
-                    one.cancel()
+                ended.set()  # nobody goes on waiting for a server that is busy
+                pool.shutdown(wait=False, cancel_futures=True)
         return [_letter(known[key]) for key in keys]
 
     return ask
@@ -86,34 +96,79 @@ def missing_key(spec: EndpointSpec, environment: Mapping[str, str]) -> str | Non
 def _headers(spec: EndpointSpec, label: str, environment: Mapping[str, str]) -> dict[str, str]:
     if problem := missing_key(spec, environment):
         raise InvalidInput(f"metric {label}: {problem}")
-    return {} if spec.key is None else {"Authorization": f"Bearer {environment[spec.key].strip()}"}
+    if spec.key is None:
+        return {}
+    key = environment[spec.key].strip()
+    if not re.fullmatch(r"[!-~]+", key):  # the client would name it in its complaint
+        raise InvalidInput(
+            f"metric {label}: what the environment has as {spec.key} is no key: it is empty, or holds white space, a "
+            "line break or letters beyond ASCII"
+        )
+    return {"Authorization": f"Bearer {key}"}
 
 
-def _reply(client: "httpx.Client", spec: EndpointSpec, label: str, question: str) -> str:
-    """What the judge says to one question, sent again while the server is busy or away."""
+def _client(spec: EndpointSpec, label: str, headers: Mapping[str, str]) -> "httpx.Client":
+    """A client that goes through the environment's proxy, except to this machine: a key would leave it in clear."""
     import httpx
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt
+
+    beyond = not (spec.url.startswith("http:") and is_on_this_machine(spec.url))
+    try:
+        return httpx.Client(headers=headers, timeout=spec.timeout, follow_redirects=False, trust_env=beyond)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise InvalidInput(
+            f"metric {label}: the environment names a proxy or certificates that cannot be used ({_line(error)}); see "
+            "HTTPS_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE"
+        ) from error
+
+
+def _reply(client: "httpx.Client", spec: EndpointSpec, label: str, question: str, ended: threading.Event) -> str:
+    """What the judge says to one question, sent again while the server is busy or away and nothing has ended."""
+    import httpx
+    from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, stop_when_event_set
 
     body = {"model": spec.model, "messages": [{"role": "user", "content": question}], **spec.parameters}
     again = Retrying(
-        retry=retry_if_exception(_is_passing), wait=_wait, stop=stop_after_attempt(spec.retries + 1), reraise=True
+        retry=retry_if_exception(_is_passing),
+        wait=_wait,
+        stop=stop_after_attempt(spec.retries + 1) | stop_when_event_set(ended),
+        sleep=sleep_using_event(ended),
+        reraise=True,
     )
     try:
-        response = again(_sent, client, f"{spec.url}/chat/completions", body)
+        response = again(_sent, client, spec, label, body)
     except httpx.HTTPStatusError as error:
-        raise _refused(spec, label, error) from error
+        raise _refused(spec, label, error, client) from error
     except httpx.HTTPError as error:
         raise TryAgain(
             f"metric {label}: {spec.url} does not answer ({_line(error) or type(error).__name__}); what it said so far "
             "is kept: run again when it does"
         ) from error
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise InvalidInput(f"metric {label}: {printable_line(spec.url)} is no address: {_line(error)}") from error
     return _content(response, spec, label)
 
 
-def _sent(client: "httpx.Client", url: str, body: dict[str, Any]) -> "httpx.Response":
-    response = client.post(url, json=body)
-    response.raise_for_status()
-    return response
+def _sent(client: "httpx.Client", spec: EndpointSpec, label: str, body: dict[str, Any]) -> "httpx.Response":
+    """The whole response, of bounded size, within the spec's seconds: the client's own count from byte to byte."""
+    import httpx
+
+    end = time.monotonic() + spec.timeout
+    content = bytearray()
+    # Written in ASCII: half a surrogate pair, which a row's JSON may hold, has no other spelling.
+    sent, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    with client.stream("POST", f"{spec.url}/chat/completions", content=sent, headers=kind) as response:
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > _LARGEST:
+                raise StageFailed(
+                    f"metric {label}: {spec.url} answers with more than {_LARGEST >> 20} MB to one question"
+                )
+            if time.monotonic() > end:
+                raise httpx.ReadTimeout(f"no whole answer within {spec.timeout:g} s", request=response.request)
+        headers = {name: response.headers[name] for name in _READ if name in response.headers}
+        whole = httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
+    whole.raise_for_status()
+    return whole
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -137,8 +192,9 @@ def _wait(state: "RetryCallState") -> float:
     return float(wait_exponential_jitter(initial=1, max=_LONGEST_WAIT)(state))
 
 
-def _refused(spec: EndpointSpec, label: str, error: "httpx.HTTPStatusError") -> Exception:
-    status, said = error.response.status_code, _line(error.response.text)
+def _refused(spec: EndpointSpec, label: str, error: "httpx.HTTPStatusError", client: "httpx.Client") -> Exception:
+    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
+    status, said = error.response.status_code, _line(error.response.text, key)
     if status in _AGAIN:
         return TryAgain(
             f"metric {label}: {spec.url} had no room {spec.retries + 1} times (HTTP {status}: {said}); what it said so "
@@ -159,7 +215,7 @@ def _refused(spec: EndpointSpec, label: str, error: "httpx.HTTPStatusError") -> 
 def _content(response: "httpx.Response", spec: EndpointSpec, label: str) -> str:
     try:
         said = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise StageFailed(
             f"metric {label}: {spec.url} answers, but not as chat completions do ({_line(response.text)}); is the "
             "address written up to /v1?"
@@ -173,8 +229,9 @@ def _letter(reply: str) -> str | None:
     return found[-1] if found else None
 
 
-def _line(text: object) -> str:
-    return printable_line(redact(str(text), os.environ))[:_SHOWN]
+def _line(text: object, key: str = "") -> str:
+    """A server's words in one line, without secrets; its key may be in a variable whose name does not say so."""
+    return printable_line(redact(str(text), {**os.environ, "THE_KEY": key}))[:_SHOWN]
 
 
 def _digest(document: object) -> str:
@@ -190,6 +247,6 @@ def _read(file: Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             known[str(entry["key"])] = str(entry["reply"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return known

@@ -1,11 +1,12 @@
 """A judge that is loaded here: which of the three letters it would say next."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from specs.metric import JudgeSpec
 from stages.conversation import render
-from stages.errors import InvalidInput
+from stages.errors import InvalidInput, StageFailed
 from stages.log import event
 from stages.metrics.judge import Ask
 
@@ -29,6 +30,7 @@ def local_judge(spec: JudgeSpec, label: str, model: Any, tokenizer: "PreTrainedT
 
     Raises:
         InvalidInput: the letters are no tokens of their own; by the returned function, a question is too long.
+        StageFailed: by the returned function: the judge's scores are no numbers.
     """
     letters = [_tokens(tokenizer, letter) for letter in LETTERS]
     if len({token for tokens in letters for token in tokens}) < sum(map(len, letters)):
@@ -36,19 +38,31 @@ def local_judge(spec: JudgeSpec, label: str, model: Any, tokenizer: "PreTrainedT
             f"metric {label}: the judge's tokenizer has no tokens for the letters A, B and C; take another"
         )
 
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = min(spec.sequence_length, positions if isinstance(positions, int) else spec.sequence_length)
+
     def ask(questions: Sequence[str]) -> list[str | None]:
         prompts = [_encoded(tokenizer, one) for one in questions]
         for number, ids in enumerate(prompts):
-            if len(ids) > spec.sequence_length:
+            if len(ids) > longest:
+                more = (
+                    f"raise its sequence_length ({longest})"
+                    if longest == spec.sequence_length
+                    else f"the judge has {longest} positions: take another one"
+                )
                 raise InvalidInput(
-                    f"metric {label}: the question on prompt {number // 2 + 1} has {len(ids)} tokens; raise its "
-                    f"sequence_length ({spec.sequence_length}), or lower max_new_tokens of metric {spec.answers}"
+                    f"metric {label}: question {number + 1} of {len(prompts)} has {len(ids)} tokens; {more}, or lower "
+                    f"max_new_tokens of metric {spec.answers}"
                 )
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         found: dict[int, str] = {}
         for start in range(0, len(order), spec.batch_size):
             chosen = order[start : start + spec.batch_size]
             scores = _next_scores(model, [prompts[number] for number in chosen])
+            if not all(bool(row[list(tokens)].isfinite().all()) for row in scores for tokens in letters):
+                raise StageFailed(
+                    f"metric {label}: the judge's scores are no numbers in {model.dtype}; give its model another dtype"
+                )
             best = [[row[list(tokens)].max() for tokens in letters] for row in scores]
             found |= {number: LETTERS[own.index(max(own))] for number, own in zip(chosen, best, strict=True)}
             event("measuring", metric=label, done=len(found), total=len(order))
@@ -84,9 +98,14 @@ def _next_scores(model: Any, prompts: Sequence[list[int]]) -> "torch.Tensor":
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         attention[row, length - len(prompt) :] = 1
     device = next(model.parameters()).device
-    places = (attention.cumsum(-1) - 1).clamp(min=0)
+    accepted = inspect.signature(model.forward).parameters
+    more: dict[str, Any] = {}
+    if "position_ids" in accepted:  # some models count from the mask themselves, or have no positions
+        more["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0).to(device)
+    if "logits_to_keep" in accepted:  # those of all places may be larger than the judge itself
+        more["logits_to_keep"] = 1
     with torch.inference_mode():
         scores: torch.Tensor = model(
-            input_ids=ids.to(device), attention_mask=attention.to(device), position_ids=places.to(device)
+            input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False, **more
         ).logits[:, -1]
     return scores.float().cpu()

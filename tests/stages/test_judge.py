@@ -1,10 +1,13 @@
 """The judge: what it is asked, what its letters are worth, a model that judges here, and one behind HTTP."""
 
+import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -16,6 +19,7 @@ from specs.metric import JUDGE_PROMPT, EndpointSpec, JudgeSpec
 from stages.errors import InvalidInput, StageFailed, TryAgain
 from stages.metrics.endpoint import endpoint_judge
 from stages.metrics.judge import compare, question
+from stages.metrics.local_judge import local_judge
 
 SPEC = JudgeSpec(kind="judge", answers="said", endpoint=EndpointSpec(url="http://127.0.0.1:1/v1", model="m"))
 
@@ -221,6 +225,61 @@ def test_a_server_that_is_away_is_a_reason_to_try_again(tmp_path):
         endpoint_judge(spec, "taste", tmp_path, {})(QUESTIONS[:1])
 
 
+@pytest.mark.parametrize("key", ["sk-first\nsecond-line-of-it", "ключ-ключ-ключ", " \t "])
+def test_a_key_that_no_header_can_carry_is_refused_unsaid(key, tmp_path):
+    spec = EndpointSpec(url="https://judge.example/v1", model="m", key="TASTE_KEY")
+    with pytest.raises(InvalidInput, match="what the environment has as TASTE_KEY is no key") as caught:
+        endpoint_judge(spec, "taste", tmp_path, {"TASTE_KEY": key})
+    assert not key.strip() or key.strip()[-4:] not in str(caught.value)
+
+
+def test_a_proxy_never_hears_what_is_for_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with serving() as server:
+        spec = endpoint(server, key="TASTE_KEY", retries=0)
+        assert endpoint_judge(spec, "taste", tmp_path, {"TASTE_KEY": "k"})(QUESTIONS) == ["A", "B"]
+    monkeypatch.setenv("ALL_PROXY", "socks9://user:secret-word@127.0.0.1:9")
+    away = EndpointSpec(url="https://judge.example/v1", model="m")
+    with pytest.raises(InvalidInput, match="names a proxy or certificates that cannot be used") as caught:
+        endpoint_judge(away, "taste", tmp_path, {})(QUESTIONS)
+    assert "secret-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999/v1", "http://h:x/v1", "https://me@host/v1", "https://me:pw@host/v1"]
+)
+def test_an_address_with_a_name_or_an_impossible_port_is_refused(url):
+    with pytest.raises(ValidationError, match=r"before @|[Pp]ort"):
+        EndpointSpec(url=url, model="m")
+
+
+def test_a_reply_that_would_fill_the_memory_or_never_ends_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.metrics.endpoint._LARGEST", 1000)
+    with serving((200, {}, "x" * 5000), (200, {}, "[" * 900)) as server:
+        ask = endpoint_judge(endpoint(server, retries=0, concurrency=1), "taste", tmp_path, {})
+        with pytest.raises(StageFailed, match="answers with more than"):
+            ask(QUESTIONS[:1])
+        with pytest.raises(StageFailed, match="not as chat completions do"):
+            ask(QUESTIONS[:1])
+        assert ask([QUESTIONS[0] + "\ud800"]) == ["A"]
+        clock = itertools.count(step=40)
+        monkeypatch.setattr("stages.metrics.endpoint.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        slow = endpoint_judge(endpoint(server, retries=0, timeout=30), "taste", tmp_path, {})
+        with pytest.raises(TryAgain, match="no whole answer within 30 s"):
+            slow(QUESTIONS[:1])
+
+
+def test_what_is_said_while_another_question_fails_is_kept_and_nobody_waits_on(tmp_path):
+    busy = (503, {"Retry-After": "60"}, "")
+    with serving(busy, (401, {}, "you are k1234567")) as server:
+        spec = endpoint(server, key="WORD", concurrency=2)
+        begun = time.monotonic()
+        with pytest.raises((InvalidInput, TryAgain)) as caught:
+            endpoint_judge(spec, "taste", tmp_path, {"WORD": "k1234567"})(QUESTIONS)
+        assert time.monotonic() - begun < 30
+        assert "k1234567" not in str(caught.value)
+
+
 CHAIN = """\
 name: tasted
 model: {path: base, dtype: float32}
@@ -281,6 +340,24 @@ def test_a_chain_is_judged_by_a_model_that_is_loaded_here(project, run_spec):
     again = run_spec(written(project, "model: {path: base, dtype: float32}, batch_size: 1"))
     letters = [sample["letters"] for sample in again.steps[1].evaluation("taste").samples]
     assert letters == [sample["letters"] for sample in first.samples]  # whatever the batch
+
+
+@pytest.mark.model
+def test_a_judge_here_needs_room_for_the_question_and_numbers_for_scores(base_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+
+    spec = JudgeSpec(kind="judge", answers="said", model={"path": "judge"})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
+    ask = local_judge(spec, "taste", model.eval(), tokenizer)
+    with pytest.raises(InvalidInput, match=r"question 2 of 2 has .* tokens; the judge has 512 positions: take another"):
+        ask(["short", "long " * 600])
+    with torch.no_grad():
+        model.lm_head.weight[:] = torch.inf
+    with pytest.raises(StageFailed, match="scores are no numbers in torch.float32"):
+        ask(["short"])
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)  # takes no positions
+    assert local_judge(spec, "taste", BloomForCausalLM(config).eval(), tokenizer)(["a", "b c"])
 
 
 @pytest.mark.model
