@@ -354,7 +354,7 @@ def test_a_judge_here_needs_room_for_the_question_and_numbers_for_scores(base_mo
         ask(["short", "long " * 600])
     with torch.no_grad():
         model.lm_head.weight[:] = torch.inf
-    with pytest.raises(StageFailed, match="scores are no numbers in torch.float32"):
+    with pytest.raises(StageFailed, match=r"scores are no numbers in torch\.float32"):
         ask(["short"])
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)  # takes no positions
     assert local_judge(spec, "taste", BloomForCausalLM(config).eval(), tokenizer)(["a", "b c"])
