@@ -113,7 +113,7 @@ _ROWS = {
     "where it went, by module type": _most("types"),
     "where it went, by layer": _most("layers"),
     "outside the layers": _share("outside"),
-    "outside what was selected": _share("unplanned"),
+    "outside what was to train": _share("unplanned"),
     "norm of what quantising changed": _rounding,
 }
 

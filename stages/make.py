@@ -19,7 +19,7 @@ from stages.data import tell_what_was_left_out
 from stages.data_limits import judged, summary
 from stages.data_report import DATA_REPORT, Material, kept_or_made
 from stages.diagnostics import update as diagnostics
-from stages.diagnostics.stage import diagnose_stage
+from stages.diagnostics.stage import TRAINABLE, Preparation, diagnose_stage
 from stages.documents import write_json
 from stages.errors import InvalidInput, StageFailed
 from stages.identity import TRAINING_LIBRARIES, require_same_inputs, versions
@@ -106,10 +106,15 @@ def make_stage(
         beside = handed.get("distance_to_trained")
         apart = "" if beside is None else f"; {beside:.1e} from the trained model, on purpose"
         info(f"hand-over of {stage.name}: logits differ by {handed['max_logit_error']:.1e} at most{apart}")
-        details = {"training": training, "masks": masks.as_record(), "method": prepared.record}
+        details = {
+            "training": training,
+            "masks": masks.as_record(),
+            "method": prepared.record,
+            TRAINABLE: sorted(prepared.trainable),
+        }
         write_json(output / "training.json", details)
         write_json(output / DATA_REPORT, report)
-        _diagnose(job, parent, output, prepared.record)
+        diagnosed = _diagnose(job, parent, output, Preparation(prepared.trainable, prepared.record))
         _draw(output, training, prepared.record)
         curve = training.pop("curve")
         record = {
@@ -120,6 +125,7 @@ def make_stage(
             "data": [count.as_record(Path(job.folder)) for count in mixture.counts],
             "masks": masks.as_record(),
             "hand_over": handed,
+            **diagnosed,
             **start_record,
         }
         if not stage.method.mergeable:
@@ -143,20 +149,26 @@ def _reported(material: Material, file: Path, job: Job) -> dict[str, Any]:
     return report
 
 
-def _diagnose(job: Job, parent: Artifact, output: Path, record: dict[str, Any]) -> None:
-    """Keep what training did to the weights; a stage that is trained and merged is never lost over it."""
+def _diagnose(job: Job, parent: Artifact, output: Path, preparation: Preparation) -> dict[str, Any]:
+    """Keep what training did to the weights; a stage that is trained and merged is never lost over it.
+
+    Returns:
+        What the record says of it: how long it took.
+    """
     depth = job.pipeline.diagnostics
     if depth == "off":
-        return
+        return {}
     began = time.monotonic()
     try:
-        found = diagnose_stage(job.name, job.stage.method, record, parent, output / MODEL, depth)
+        found = diagnose_stage(job.name, job.stage.method, preparation, parent, output / MODEL, depth)
         write_json(output / diagnostics.FILE, found)
     except Exception as error:  # whatever it is: memory, an architecture that is split in another way
         reason = str(error).partition("\n")[0] or type(error).__name__
         info(f"diagnostics of {job.name} are left out: {reason}; `trivium diagnose` tries again")
-        return
-    info(f"update of {job.name}: {diagnostics.in_words(found)} ({time.monotonic() - began:.0f} s to find out)")
+        return {}
+    seconds = time.monotonic() - began
+    info(f"update of {job.name}: {diagnostics.in_words(found)} ({seconds:.0f} s to find out)")
+    return {"diagnostics": {"seconds": round(seconds, 3)}}
 
 
 def _hand_over(

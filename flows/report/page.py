@@ -186,7 +186,7 @@ def _update(stage: facts.Stage, markup: Any) -> dict[str, Any]:
         ("outside the layers", f"{100 * found.get('outside', 0.0):.3g}% of the squared norm"),
     ]
     if found.get("unplanned") is not None:
-        listed.append(("outside what was selected", f"{100 * found['unplanned']:.3g}%"))
+        listed.append(("outside what was to train", f"{100 * found['unplanned']:.3g}%"))
     if found.get("rounding"):
         listed.append(("what quantising changed", f"{found['rounding']['norm']:.4g}"))
     return {

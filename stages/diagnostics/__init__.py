@@ -21,7 +21,7 @@ stages so far beside one another. Both go into the artifact as ``diagnostics.jso
       "unchanged": 120,                # matrices that training left as they were
       "layers": {"0": 0.12, ...}, "types": {"mlp.up_proj": 0.4, ...},  # shares of the update's squared norm
       "outside": 0.31,                 # the share of it outside the numbered layers
-      "unplanned": 0.0 | null,         # the share of it in what the method did not select
+      "unplanned": 0.0 | null,         # the share of it in what was not to train; null where that is not known
       "norm": ..., "relative_norm": ...,           # over all weights
       "rounding": {"norm": ..., "relative_norm": ...} | null,         # what quantising the start itself changed
       "lineage": {                     # the stages up to this one

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.diagnostics.weights import Weights, of_checkpoint
+from stages.diagnostics.weights import Weights, blocks, of_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +49,14 @@ def directions(names: Sequence[str], models: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _tensors(weights: Sequence[Weights]) -> "Iterator[list[torch.Tensor]]":
-    """Each weight that all models have, flat and in float64, in every model."""
-    keys = set.intersection(*(set(one.matrices) for one in weights))
-    for key in keys:
-        yield [one.matrix(key).double().flatten() for one in weights]
-    for name in set.intersection(*(set(one.others) for one in weights)):
-        values: list[torch.Tensor] = [one.other(name).flatten() for one in weights]
-        if len({len(value) for value in values}) == 1:
-            yield values
+def _tensors(weights: Sequence[Weights]) -> "Iterator[tuple[torch.Tensor, ...]]":
+    """Each weight that all models have, in every model: flat, in float64, a block at a time."""
+    for key in set.intersection(*(set(one.matrices) for one in weights)):
+        yield from blocks(*(one.matrix(key) for one in weights))
+    for place in set.intersection(*(set(one.others) for one in weights)):
+        values = [one.other(place) for one in weights]
+        if len({value.shape for value in values}) == 1:
+            yield from blocks(*values)
 
 
 def _cosine(product: float, one: float, other: float) -> float | None:

@@ -1,16 +1,18 @@
 """The diagnostics of a stage: made when it is, or later for one that was published without."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from stages.artifact import Artifact, find, step_of
 from stages.diagnostics.lineage import directions
-from stages.diagnostics.update import FILE, FORMAT, Depth, diagnose, distance, nothing, selected_in
+from stages.diagnostics.planned import Planned, planned_of, selected_in
+from stages.diagnostics.update import FILE, FORMAT, Depth, diagnose, distance, nothing
 from stages.diagnostics.weights import Weights, of_checkpoint, of_model
-from stages.documents import read_object, write_json
+from stages.documents import read_object, read_sealed, write_sealed
 from stages.errors import InvalidInput
 from stages.layout import read_layout
 from stages.methods import Method
@@ -18,18 +20,29 @@ from stages.methods.base import MethodSpec
 
 LATER = ".diagnostics"
 """Beside the artifacts: the diagnostics of those that were published without."""
+TRAINABLE = "trainable"
+"""The entry of ``training.json`` with the names of the parameters that trained; the oldest have none."""
 _METHOD: TypeAdapter[MethodSpec] = TypeAdapter(Method)
 
 
+class Preparation(NamedTuple):
+    """What is known of how a method prepared its model."""
+
+    trainable: Collection[str]
+    """Names of the parameters that trained; empty where they were not kept."""
+    record: Mapping[str, Any]
+    """What the method kept: Spectrum, what it selected."""
+
+
 def diagnose_stage(
-    name: str, method: MethodSpec, method_record: Mapping[str, Any], parent: Artifact, model: Path, depth: Depth
+    name: str, method: MethodSpec, preparation: Preparation, parent: Artifact, model: Path, depth: Depth
 ) -> dict[str, Any]:
     """What a stage changed, and how that lies beside what the stages before it changed.
 
     Args:
         name: of the stage.
         method: how it adapted its start.
-        method_record: what the method kept of its preparation: what it selected.
+        preparation: what is known of what was to train.
         parent: what it started from.
         model: the plain checkpoint that came of it.
         depth: whether decompositions are made.
@@ -42,7 +55,9 @@ def diagnose_stage(
     before = dequantised = _dequantised(method, parent.model)
     if before is None:
         before = of_checkpoint(parent.model)
-    found = diagnose(before, model, depth, selected_in(method_record))
+    # Where what quantising changed is in the numbers, it is everywhere, planned or not.
+    comparable = method.starts_exactly or dequantised is not None
+    found = diagnose(before, model, depth, _planned(preparation, model) if comparable else None)
     if dequantised is not None:
         found["against"] = "dequantised start"
         found["rounding"] = distance(of_checkpoint(parent.model), dequantised)
@@ -55,15 +70,16 @@ def diagnose_stage(
 
 
 def diagnostics_of(artifact: Artifact) -> dict[str, Any] | None:
-    """The diagnostics of a published stage, wherever they are kept; None where nobody made them."""
-    for file in (artifact.path / FILE, _later(artifact)):
+    """The diagnostics of a published stage, wherever they are kept; None where nobody made them.
+
+    What is kept beside the artifact, by `diagnose_later`, goes first where it is whole: it was asked for.
+    """
+    for read, file in ((read_sealed, _later(artifact)), (read_object, artifact.path / FILE)):
         if file.is_file():
-            try:
-                found = read_object(file)
-            except InvalidInput:
-                continue
-            if found.get("format") == FORMAT:
-                return found
+            with suppress(InvalidInput):  # torn, or changed by hand: it is made anew
+                found = read(file)
+                if isinstance(found, dict) and found.get("format") == FORMAT:
+                    return found
     return None
 
 
@@ -81,10 +97,17 @@ def diagnose_later(artifact: Artifact, depth: Depth = "spectra") -> dict[str, An
         method = _METHOD.validate_python(inputs["stage"]["method"], strict=False)
     except ValidationError as error:
         raise InvalidInput(f"{artifact.path}: was made by another version of its method: {error}") from error
-    record = read_object(artifact.path / "training.json").get("method", {})
-    found = diagnose_stage(str(step_of(artifact.path)), method, record, parent, artifact.model, depth)
-    write_json(_later(artifact), found)
+    kept = read_object(artifact.path / "training.json")
+    preparation = Preparation(kept.get(TRAINABLE, ()), kept.get("method", {}))
+    found = diagnose_stage(str(step_of(artifact.path)), method, preparation, parent, artifact.model, depth)
+    write_sealed(_later(artifact), found)
     return found
+
+
+def _planned(preparation: Preparation, model: Path) -> Planned | None:
+    if not preparation.trainable and selected_in(preparation.record) is None:
+        return None
+    return planned_of(preparation.trainable, preparation.record, of_checkpoint(model))
 
 
 def _later(artifact: Artifact) -> Path:

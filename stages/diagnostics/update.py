@@ -1,13 +1,15 @@
 """What one stage changed: its start against what it published."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.diagnostics import matrix as one_matrix
-from stages.diagnostics.weights import Weights, of_checkpoint
+from stages.diagnostics.planned import Planned
+from stages.diagnostics.weights import Weights, blocks, of_checkpoint
+from stages.errors import InvalidInput
 from stages.layout import Key
 
 if TYPE_CHECKING:
@@ -34,21 +36,27 @@ class _Sums:
         return {"norm": norm, "relative_norm": norm / math.sqrt(self.start) if self.start else 0.0}
 
 
-def diagnose(before: Weights, after: Path, depth: Depth, planned: frozenset[Key] | None = None) -> dict[str, Any]:
+def diagnose(before: Weights, after: Path, depth: Depth, planned: Planned | None = None) -> dict[str, Any]:
     """Compare what was trained from with what was published.
 
     Args:
         before: the weights that training began with.
         after: the plain checkpoint that came of it.
         depth: `norms` leaves out ranks, singular values and intruders, which need decompositions.
-        planned: the matrices that the method selected; None where it selects none.
+        planned: what was to train; None where that is not known.
 
     Returns:
         The document that `stages.diagnostics` describes, without ``rounding`` and ``lineage``.
+
+    Raises:
+        InvalidInput: the two do not hold the same matrices.
     """
     tuned = of_checkpoint(after)
+    if strangers := before.matrices.keys() ^ tuned.matrices.keys():
+        layer, kind, _ = min(strangers, key=str)
+        raise InvalidInput(f"{kind} of layer {layer} is in one of start and {after} only")
     sums, rows, unchanged = _Sums(), [], 0
-    for key in sorted(before.matrices.keys() & tuned.matrices.keys(), key=_in_order(tuned)):
+    for key in tuned.matrices:
         row = _matrix_row(before, tuned, key, depth, sums)
         if row is None:
             unchanged += 1
@@ -58,10 +66,16 @@ def diagnose(before: Weights, after: Path, depth: Depth, planned: frozenset[Key]
         sums.layers[str(layer)] = sums.layers.get(str(layer), 0.0) + square
         sums.types[kind] = sums.types.get(kind, 0.0) + square
         if planned is not None:
-            row["planned"] = key in planned
-            sums.unplanned += 0.0 if row["planned"] else square
+            row["planned"] = key in planned.matrices if planned.selected else None
+            sums.unplanned += 0.0 if key in planned.matrices else square
         rows.append(row)
-    others = [row for name in tuned.others if (row := _other_row(before, tuned, name, sums)) is not None]
+    others = []
+    for place in tuned.others:
+        row = _other_row(before, tuned, place, sums)
+        if row is not None:
+            others.append(row)
+            if planned is not None and place not in planned.others:
+                sums.unplanned += row["norm"] ** 2
     return {
         "format": FORMAT,
         "depth": depth,
@@ -95,14 +109,6 @@ def distance(before: Weights, after: Weights) -> dict[str, float]:
     for name in set(before.others) & set(after.others):
         _other_row(before, after, name, sums)
     return sums.record()
-
-
-def selected_in(method_record: Mapping[str, Any]) -> frozenset[Key] | None:
-    """The matrices that Spectrum chose, from the record that it keeps; None for another method."""
-    table: Iterable[Mapping[str, Any]] | None = method_record.get("spectrum")
-    if table is None:
-        return None
-    return frozenset((row["layer"], row["type"], row.get("expert")) for row in table if row["selected"])
 
 
 def _matrix_row(before: Weights, tuned: Weights, key: Key, depth: Depth, sums: _Sums) -> dict[str, Any] | None:
@@ -142,21 +148,24 @@ def _matrix_row(before: Weights, tuned: Weights, key: Key, depth: Depth, sums: _
     return row
 
 
-def _other_row(before: Weights, tuned: Weights, name: str, sums: _Sums) -> dict[str, Any] | None:
-    """What training did to a vector or an embedding; one that the start has not is all update (BitFit's biases)."""
+def _other_row(before: Weights, tuned: Weights, place: str, sums: _Sums) -> dict[str, Any] | None:
+    """What training did to a vector or an embedding; a vector that is new is all update (BitFit's biases)."""
     import torch
 
-    end = tuned.other(name)
-    start = before.other(name) if name in before.others else torch.zeros_like(end)
-    if start.shape != end.shape:
+    end = tuned.other(place)
+    start = before.other(place) if place in before.others else torch.zeros_like(end)
+    if start.shape != end.shape or (place not in before.others and end.ndim > 1):
         return None  # an embedding that was resized is another table
-    own = _square(start)
+    own = square = 0.0
+    for one, other in blocks(start, end):
+        own += _square(one)
+        square += _square(other - one)
     sums.start += own
-    square = _square(end - start)
     if square == 0.0:
         return None
     sums.update += square
     sums.outside += square
+    name = tuned.others[place]
     return {"name": name, "norm": math.sqrt(square), "relative_norm": math.sqrt(square / own) if own else None}
 
 
@@ -168,11 +177,6 @@ def _square(tensor: "torch.Tensor") -> float:
 
 def _shares(squares: Mapping[str, float], whole: float) -> dict[str, float]:
     return {name: square / whole for name, square in squares.items()}
-
-
-def _in_order(weights: Weights) -> Any:
-    places = {key: place for place, key in enumerate(weights.matrices)}
-    return places.__getitem__
 
 
 def in_words(found: Mapping[str, Any]) -> str:

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import write_architecture
+from methods_table import MERGEABLE, label
+from safetensors.torch import load_file, save_file
 from tiny import write_data, write_model
 
 from flows.cli import _run
 from stages.artifact import Artifact
 from stages.diagnostics import matrix
 from stages.diagnostics.lineage import directions
-from stages.diagnostics.stage import diagnostics_of
-from stages.diagnostics.update import FILE, diagnose, selected_in
+from stages.diagnostics.planned import Planned, planned_of, selected_in
+from stages.diagnostics.stage import LATER, diagnostics_of
+from stages.diagnostics.update import FILE, diagnose
 from stages.diagnostics.weights import of_checkpoint
-from stages.errors import StageFailed
+from stages.errors import InvalidInput, StageFailed
+from stages.methods.base import Start
 from stages.model import load_plain
 
 pytestmark = pytest.mark.model
@@ -134,9 +139,99 @@ def test_shares_norms_and_places_of_a_change_that_is_known(base, tmp_path):
     assert [row["effective_rank"] for row in found["matrices"]] == pytest.approx([1, 1], abs=1e-2)
     assert found["unchanged"] == 12
     assert found["unplanned"] is None
-    planned = diagnose(of_checkpoint(base), tmp_path / "after", "norms", frozenset({(0, "mlp.up_proj", None)}))
+    up_only = Planned(frozenset({(0, "mlp.up_proj", None)}), frozenset({"norm.weight"}), selected=True)
+    planned = diagnose(of_checkpoint(base), tmp_path / "after", "norms", up_only)
     assert planned["unplanned"] == pytest.approx(query / whole, rel=1e-3)
+    assert {row["name"]: row["planned"] for row in planned["matrices"]} == {
+        "model.layers.0.mlp.up_proj": True,
+        "model.layers.1.self_attn.q_proj": False,
+    }
     assert {row["effective_rank"] for row in planned["matrices"]} == {None}
+
+
+METHODS_WITHOUT_ROWS = [method for method in MERGEABLE if method.kind != "lq_lora"]
+"""All that merge but one, which looks at the stage's rows first; its names are those of loftq."""
+
+
+@pytest.mark.parametrize("method", METHODS_WITHOUT_ROWS, ids=label)
+def test_what_a_method_was_to_train_is_what_its_merge_changes(method, base, tmp_path):
+    """From the names of its parameters, whatever they are called: so nothing of the update lies outside."""
+    start = Start(base, cache=tmp_path, sequence_length=64)
+    prepared = method.prepare(method.load(base, torch.float32, torch.float32), start)
+    before = of_checkpoint(base)
+    if not method.starts_exactly:
+        method.finish(prepared.model, start).save_pretrained(tmp_path / "untrained")
+        before = of_checkpoint(tmp_path / "untrained")
+        prepared = method.prepare(method.load(base, torch.float32, torch.float32), start)
+    with torch.no_grad():
+        for name, parameter in prepared.model.named_parameters():
+            if name in prepared.trainable:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    method.finish(prepared.model, start).save_pretrained(tmp_path / "merged")
+    after = of_checkpoint(tmp_path / "merged")
+    planned = planned_of(prepared.trainable, prepared.record, after)
+    found = diagnose(before, tmp_path / "merged", "norms", planned)
+    assert found["unplanned"] == 0.0
+    assert {row["name"] for row in found["matrices"]} == {after.matrices[key].module for key in planned.matrices}
+    assert {row["name"] for row in found["others"]} == {after.others[place] for place in planned.others}
+    assert found["norm"] > 0
+
+
+def renamed(folder: Path, to: Path, rename) -> Path:
+    """The same checkpoint with other names of its tensors."""
+    to.mkdir()
+    (to / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, to / "model.safetensors")
+    return to
+
+
+def test_names_without_what_stands_before_them_are_the_same_weights(tmp_path):
+    """As the hub has GPT-2: `h.0.ln_1.weight`, which is `transformer.h.0.ln_1.weight` once it is saved again."""
+    new = write_architecture("gpt2", tmp_path / "new")
+    old = renamed(new, tmp_path / "old", lambda name: name.removeprefix("transformer."))
+    found = diagnose(of_checkpoint(old), new, "norms")
+    assert found["norm"] == 0.0
+    assert found["unchanged"] == 3 * 6  # queries, keys and values apart
+    assert directions(["one"], [old, new])["relative_from_base"] == 0.0
+
+
+def test_experts_that_are_stored_one_by_one_are_those_of_a_bank(tmp_path):
+    model = write_architecture("mixtral", tmp_path / "model")
+    before = of_checkpoint(model)
+    bank = "model.layers.1.mlp.experts.gate_up_proj"  # as it is called in memory
+    planned = planned_of([bank], {}, before)
+    assert planned.matrices >= {(1, "experts.gate", 0), (1, "experts.up", 3)}
+    assert {layer for layer, _, _ in planned.matrices} == {1}
+
+
+def test_models_that_cannot_be_told_apart_are_refused(base, tmp_path):
+    two = tmp_path / "two"
+    two.mkdir()
+    (two / "config.json").write_text((base / "config.json").read_text())
+    tensors = load_file(base / "model.safetensors")
+    second = {f"vision.{name}": tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | second, two / "model.safetensors")
+    with pytest.raises(InvalidInput, match="two stacks of layers"):
+        of_checkpoint(two)
+    fewer = renamed(base, tmp_path / "fewer", lambda name: name.replace("layers.1.", "layers.2."))
+    with pytest.raises(InvalidInput, match=r"of layer 1 is in one of start and .* only"):
+        diagnose(of_checkpoint(base), fewer, "norms")
+
+
+def test_rows_are_outputs_however_a_weight_is_stored(tmp_path):
+    """gpt-oss and Llama 4 keep experts as (inputs, outputs), GPT-2 all of its layers."""
+    folder = tmp_path / "oss"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt_oss", "num_attention_heads": 4, "hidden_size": 8}')
+    down, both = torch.randn(2, 6, 8), torch.randn(2, 8, 12)
+    names = (f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj"))
+    save_file(dict(zip(names, (down, both), strict=True)), folder / "model.safetensors")
+    found = of_checkpoint(folder)
+    assert torch.equal(found.matrix((0, "experts.down", 1)).cpu(), down[1].T)
+    assert torch.equal(found.matrix((0, "experts.up", 1)).cpu(), both[1].T[1::2])
+    gpt2 = of_checkpoint(write_architecture("gpt2", tmp_path / "gpt2"))
+    assert gpt2.matrix((0, "mlp.c_fc", None)).shape == (128, 32)
 
 
 def test_a_later_update_that_goes_back_has_a_cosine_of_minus_one(base, tmp_path):
@@ -196,7 +291,9 @@ def test_a_chain_s_stages_each_keep_what_they_changed(project, run_spec, capsys)
     chosen = selected_in(json.loads((knowledge.path / "training.json").read_text())["method"])
     assert {(row["layer"], row["type"], row["expert"]) for row in first["matrices"]} == chosen
     second = json.loads((answers.path / FILE).read_text())
-    assert second["unplanned"] is None
+    assert second["unplanned"] == 0.0
+    assert {row["planned"] for row in second["matrices"]} == {None}  # it selects none
+    assert answers.manifest["record"]["diagnostics"]["seconds"] >= 0
     assert len(second["matrices"]) == 14
     assert max(row["effective_rank"] for row in second["matrices"]) <= 2.01
     assert second["lineage"]["names"] == ["knowledge", "answers"]
@@ -230,8 +327,25 @@ def test_switched_off_nothing_is_kept_and_diagnose_makes_it_beside(project, run_
     spec = written(project, "lora, rank: 3")
     assert _run(["diagnose", str(spec), "--root", str(knowledge.path.parent.parent)]) == 0
     assert "14 of 14" in capsys.readouterr().out
-    assert diagnostics_of(answers)["depth"] == "spectra"
+    found = diagnostics_of(answers)
+    assert found["depth"] == "spectra"
+    assert found["unplanned"] == 0.0
     assert not (answers.path / FILE).exists()
+    (kept,) = (file for file in (answers.path.parent / LATER).iterdir() if answers.identity.startswith(file.stem))
+    kept.write_text(kept.read_text().replace('"spectra"', '"norms"'))
+    assert diagnostics_of(answers) is None  # changed by hand: its seal does not match
+    assert _run(["diagnose", str(spec), "--root", str(knowledge.path.parent.parent)]) == 0
+    assert diagnostics_of(answers) == found
+
+
+def test_norms_that_a_stage_kept_give_way_to_spectra_made_later(project, run_spec, capsys, monkeypatch):
+    _, answers = published(run_spec(written(project, "lora, rank: 5", "diagnostics: norms\n")))
+    assert diagnostics_of(answers)["depth"] == "norms"
+    spec, root = written(project, "lora, rank: 5"), answers.path.parent.parent
+    assert _run(["diagnose", str(spec), "--root", str(root)]) == 0
+    assert diagnostics_of(answers)["depth"] == "spectra"
+    monkeypatch.setattr("stages.diagnostics.stage.diagnose_stage", None)  # nothing is compared a second time
+    assert _run(["diagnose", str(spec), "--root", str(root)]) == 0
 
 
 def test_diagnostics_that_fail_cost_no_stage(project, run_spec, monkeypatch, capsys):
