@@ -17,6 +17,8 @@ Policy = Literal["stop", "warn", "approve"]
 MOST_CHANGES = 9
 """The gates' doubt is shared by all attempts: with more than ten, hardly any sample would pass."""
 
+_LARGEST = 2**63 - 1
+"""Of whole numbers: beyond it no library takes one."""
 _TIMES = re.compile(r"x([0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 S = TypeVar("S", bound=Spec)
@@ -172,6 +174,8 @@ def _multiple(value: Any, before: Any, place: Location) -> Any:
         if not math.isfinite(float(product)):
             raise UnfitChange(place, f"{value[:20]}… makes a number of {before} that is too large; write the value")
         return float(product)
+    if product > _LARGEST:
+        raise UnfitChange(place, f"{value[:20]} makes a whole number of {before} that is too large; write the value")
     if product != product.to_integral_value():
         raise UnfitChange(place, f"{value} makes {product:f} of {before}, and it must be a whole number; write one")
     return int(product)

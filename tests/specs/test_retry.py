@@ -137,6 +137,10 @@ def test_a_job_tells_its_process_the_attempt_and_nothing_that_was_not_given(tmp_
             f"train: {{learning_rate: x{'9' * 400}}}",
             "retry[0].train.learning_rate: x9999999999999999999… makes a number",
         ),
+        (
+            f"train: {{batch_size: x{'9' * 5000}}}",
+            "retry[0].train.batch_size: x9999999999999999999 makes a whole number of 4 that is too large",
+        ),
         ("train: {batch_size: x0.3}", "retry[0].train.batch_size: x0.3 makes 1.2 of 4, and it must be a whole number"),
         ("method: {rank: 4}", "retry[0].method.rank: unknown key; allowed: kind, top_percent"),
         ("method: {kind: lorra}", "retry[0].method.kind: unknown method 'lorra'; did you mean 'lora'?"),
