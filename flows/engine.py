@@ -372,7 +372,11 @@ def _is_judged(step: Step, verdicts: list[Verdict]) -> bool:
 
 def remember_plan(run: Run, plan: Plan) -> None:
     """Keep which steps the whole spec names, so that `trivium gc` leaves them alone."""
-    whole = plan if run.until_stage is None else replace(run, from_stage=None, until_stage=None).plan()
+    whole = (
+        plan
+        if run.until_stage is None
+        else replace(run, from_stage=None, until_stage=None).plan(pipeline=plan.pipeline)
+    )
     remember(whole, run.spec)
 
 

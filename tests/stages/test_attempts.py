@@ -235,6 +235,20 @@ def test_another_list_of_changes_keeps_what_is_made(project):
     assert knowledge(project).title == "knowledge (attempt 2 of 2: top_percent 10.0)"
 
 
+def test_a_run_until_a_stage_tries_again_though_its_spec_is_edited_meanwhile(project, monkeypatch):
+    spec = project.folder / "spec.yaml"
+
+    def work(_plan: Plan, step: Step, _hooks: Plain) -> None:
+        put(project, step, GOOD if step.attempt == 3 else BAD)
+        spec.write_text("stages: [half of a sp")
+
+    monkeypatch.setattr(engine, "_work", work)
+    monkeypatch.setattr(engine, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(engine, "check_base", lambda *_: None)
+    outcomes = run_chain(Run(spec, project.root, until_stage="knowledge"), Plain())
+    assert [(outcome.step.attempt, outcome.passed) for outcome in outcomes[1:]] == [(1, False), (2, False), (3, True)]
+
+
 def test_what_the_attempts_came_to_is_kept_by_gc_and_what_no_spec_names_is_not(project):
     try_all(project, BAD, BAD, GOOD)
     spec = project.folder / "spec.yaml"
