@@ -203,13 +203,7 @@ def _judged(plan: Plan, step: Step) -> dict[str, Any]:
     verdicts = verdicts_of(plan, step)
     asked = question_of(step, verdicts)
     decision = None if asked is None else decision_on(asked)
-    return {"name": step.name, "policy": policy_of(plan, step), "verdicts": verdicts, "decision": decision}
-
-
-def policy_of(plan: Plan, step: Step) -> str:
-    """What the spec says should happen where the gates of a step refuse it: stop, warn or approve."""
-    judged = getattr(plan.pipeline, "release", None) if step.stage is None else step.stage
-    return str(getattr(judged, "policy", getattr(judged, "on_gate_failure", "stop")))
+    return {"name": step.name, "policy": step.policy, "verdicts": verdicts, "decision": decision}
 
 
 def _data_report(step: Step) -> dict[str, Any]:
@@ -287,10 +281,19 @@ def _last_evaluation(plan: Plan, metric: str) -> Evaluation | None:
 
 
 def _first_evaluation(plan: Plan, metric: str) -> Evaluation | None:
-    """What the base came to on the examples of `_last_evaluation`."""
+    """What the base came to on the examples of `_last_evaluation`; None where it was measured on others only."""
     last = _last_measured(plan, metric)
-    base = None if last is None else plan.step(BASE, last)
-    return (plan.steps[0] if base is None else base).evaluation(metric)
+    if last is None:
+        return plan.steps[0].evaluation(metric)
+    found = (plan.step(BASE, last), plan.steps[0])
+    return next(
+        (base.evaluation(metric) for base in found if base and _asked(base, metric) == _asked(last, metric)), None
+    )
+
+
+def _asked(step: Step, metric: str) -> Any:
+    """What identifies the examples of a measurement, and what they are asked."""
+    return next((one.identity["metric"] for one in step.measurements if one.metric == metric), None)
 
 
 def _last_measured(plan: Plan, metric: str) -> Step | None:
@@ -298,7 +301,7 @@ def _last_measured(plan: Plan, metric: str) -> Step | None:
 
 
 def _measures(plan: Plan, metric: str, found: Evaluation | None) -> list[str]:
-    gates = [gate for stage in plan.pipeline.stages for gate in stage.gates if gate.metric_name == metric]
+    gates = [gate for _, gate in plan.pipeline.placed_gates() if gate.metric_name == metric]
     default = [] if found is None else [found.default]
     return list(dict.fromkeys([*default, *(gate.measure for gate in gates if gate.measure is not None)]))
 
@@ -313,9 +316,9 @@ def _value(measure: Measure | None) -> str:
 def _samples(plan: Plan) -> list[dict[str, Any]]:
     """The first answers of each metric that keeps them: the base's beside the release's."""
     found = []
-    for metric in plan.pipeline.metrics:
+    for metric, spec in plan.pipeline.metrics.items():
         first, last = _first_evaluation(plan, metric), _last_evaluation(plan, metric)
-        if last is None:
+        if last is None or isinstance(spec, JudgeSpec):  # a judge's pairs are the answers of another metric
             continue
         for number, sample in enumerate(last.samples[:SAMPLES]):
             before = first.samples[number] if first is not None and number < len(first.samples) else {}

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from flows.engine import Run, verdicts_of
-from flows.model_card import card_text, policy_of
+from flows.model_card import card_text
 from specs.base import Spec
 from specs.paths import Sha256
 from specs.secrets import looks_like_secret, redact
@@ -95,7 +95,7 @@ def _unfinished(plan: Plan) -> Iterator[TriviumError]:
         if step.damaged is not None:
             yield StageFailed(f"{step.damaged}: {step.reason}; `trivium run` makes it anew")
     if plan.pending and not any(step.damaged is not None for step in plan.steps):
-        names = ", ".join(step.name for step in plan.pending)
+        names = ", ".join(step.title for step in plan.pending)
         yield InvalidInput(f"not all is made and measured: {names}; `trivium run` first")
 
 
@@ -109,7 +109,7 @@ def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
         decision = None if asked is None else decision_on(asked)
         if decision is not None and decision.approved:
             continue
-        warned = policy_of(plan, step) == "warn"
+        warned = step.policy == "warn"
         if warned and with_warnings:
             continue
         reasons = " | ".join(one.reason for one in against)
@@ -147,7 +147,7 @@ def _verdicts(plan: Plan) -> str:
             "stage": step.name,
             "identity": step.key,
             "attempt": step.attempt,
-            "on_gate_failure": policy_of(plan, step),
+            "on_gate_failure": step.policy,
             **verdict_record(step, _judged(plan, step)),
         }
         for step in plan.steps

@@ -213,6 +213,37 @@ def test_answers_of_a_model_change_nothing_but_the_block_they_stand_in(released)
     assert len(card(released)) < 40_000
 
 
+GENERAL = "{kind: perplexity, data: {path: data/heldout.jsonl}, limit: 4}"
+
+
+def with_release(project: Project, gates: str) -> str:
+    """The card once the spec has one more metric, and gates of a release that warn."""
+    spec = project.folder / "spec.yaml"
+    judged = f"release: {{metrics: [general], gates: [{gates}], on_gate_failure: warn}}\n"
+    project.write(spec.read_text().replace("metrics:\n", f"metrics:\n  general: {GENERAL}\n") + judged)
+    plan = project.plan()
+    for step in (*plan.steps, *plan.references):
+        for one in step.missing:
+            measures = {name: ratio([3.0, 4.0], [1.0, 1.0], "lower") for name in ("x", "y")}
+            save(Evaluation(measures, "x", {}, {}, 0.1), Path(one.file), one.identity)
+    return card(project)
+
+
+def test_gates_of_the_release_are_in_the_card_with_their_policy_and_measures(released):
+    text = with_release(released, "{metric: domain.y, at_most: 2, confidence: null}")
+    assert "| domain · y |" in text
+    assert "**failed**: domain.y 3.5 is not at most 2" in text.replace("\\", "")
+    assert "### release (on failure: warn)" in text
+
+
+def test_the_base_beside_the_release_was_measured_on_the_same_rows_or_stays_blank(released):
+    text = with_release(released, "{metric: domain, at_most: 9, confidence: null}")
+    (row,) = [line for line in text.splitlines() if line.startswith("| general")]
+    assert [part.strip() for part in row.split("|")[3:5]] == ["–", "3.5"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| domain · x")]
+    assert [part.strip() for part in row.split("|")[3:5]] == ["1.5", "3.5"]  # without a limit: the same rows
+
+
 def test_nothing_is_kept_where_nothing_is_released(tmp_path):
     project = make_project(tmp_path / "project")
     project.publish(*NAMES[:-1])
