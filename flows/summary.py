@@ -95,12 +95,16 @@ def _withheld(plan: Plan) -> str:
 
 
 def rankings(plan: Plan) -> dict[str, tuple[Ranked, ...]]:
-    """What each judge's comparisons come to on one scale, the base being its anchor; by metric."""
+    """What each judge's comparisons come to on one scale, the base being its anchor; by metric.
+
+    The release is no player of its own: it is the last stage's model, and was compared over other rows.
+    """
     found = {}
+    steps = [step for step in plan.steps if step.name != RELEASE]
     for metric, spec in plan.pipeline.metrics.items():
         if isinstance(spec, JudgeSpec):
-            compared = [one for step in plan.steps if (one := _comparison(plan, step, metric, spec)) is not None]
-            found[metric] = ranking([step.name for step in plan.steps], compared)
+            compared = [one for step in steps if (one := _comparison(plan, step, metric, spec)) is not None]
+            found[metric] = ranking([step.name for step in steps], compared)
     return found
 
 

@@ -73,6 +73,11 @@ class GateSpec(Spec):
         return self.metric.partition(".")[2] or None
 
     @property
+    def rule(self) -> str:
+        """The one of `RULES` that it has."""
+        return next(name for name in RULES if getattr(self, name) is not None)
+
+    @property
     def reference(self) -> str | None:
         """`base`, `previous`, a stage's name, or None for an absolute rule."""
         return self.improves_on if self.improves_on is not None else self.keeps

@@ -143,6 +143,18 @@ class PipelineSpec(Spec, Generic[StageT]):
         if self.release is not None:
             yield from ((("release", "gates", at), gate) for at, gate in enumerate(self.release.gates))
 
+    def compared_with(self, place: Location, gate: GateSpec) -> str | None:
+        """The step that a gate compares with, by its name; None where it has a threshold.
+
+        Args:
+            place: the gate's, as in `placed_gates`.
+            gate: one that `problems` has nothing against.
+        """
+        if gate.reference != PREVIOUS or place[0] != "stages":
+            return gate.reference
+        number = int(place[1])
+        return self.stages[number - 1].name if number else BASE
+
     def with_stages(self, stages: Iterable[StageSpec]) -> Self:
         """The same pipeline with these in the place of its first stages: the attempts that a run goes on with."""
         first = tuple(stages)
@@ -166,8 +178,7 @@ class PipelineSpec(Spec, Generic[StageT]):
                 if gate.metric_name not in self.metrics:
                     yield (*where, "metric"), _unknown("metric", gate.metric_name, list(self.metrics))
                 if gate.reference is not None and gate.reference not in earlier:
-                    rule = "improves_on" if gate.improves_on is not None else "keeps"
-                    yield (*where, rule), _unknown("earlier stage", gate.reference, earlier)
+                    yield (*where, gate.rule), _unknown("earlier stage", gate.reference, earlier)
             earlier.append(stage.name)
 
     def _release(self) -> Iterator[tuple[Location, str]]:
@@ -178,11 +189,13 @@ class PipelineSpec(Spec, Generic[StageT]):
             where = ("release", "gates", at)
             if gate.metric_name not in self.metrics:
                 yield (*where, "metric"), _unknown("metric", gate.metric_name, list(self.metrics))
-            rule = "improves_on" if gate.improves_on is not None else "keeps"
             if gate.reference == PREVIOUS:
-                yield (*where, rule), f"the step before the release is the same model; name one of {', '.join(known)}"
+                yield (
+                    (*where, gate.rule),
+                    f"the step before the release is the same model; name one of {', '.join(known)}",
+                )
             elif gate.reference is not None and gate.reference not in known:
-                yield (*where, rule), _unknown("step", gate.reference, known)
+                yield (*where, gate.rule), _unknown("step", gate.reference, known)
         for at, name in enumerate(self.release.metrics):
             if name not in self.metrics:
                 yield ("release", "metrics", at), _unknown("metric", name, list(self.metrics))
@@ -224,13 +237,21 @@ class PipelineSpec(Spec, Generic[StageT]):
             if metric.against not in known:
                 yield ("metrics", name, "against"), _unknown("step", metric.against, known)
                 continue
-            earlier = {BASE, PREVIOUS}
-            for number, stage in enumerate(self.stages):
-                for gate_number, gate in enumerate(stage.gates):
-                    if gate.metric_name == name and metric.against not in earlier:
-                        where = ("stages", number, "gates", gate_number, "metric")
-                        yield where, f"metric {name} compares with stage {metric.against}, which comes no earlier"
-                earlier.add(stage.name)
+            stages = [stage.name for stage in self.stages]
+            first = stages.index(metric.against) + 1 if metric.against in stages else 0
+            judged = stages[first:]
+            for place, gate in self.placed_gates():
+                if gate.metric_name != name:
+                    continue
+                if place[0] == "stages" and stages[int(place[1])] not in judged:
+                    where = (*place, "metric")
+                    yield where, f"metric {name} compares with stage {metric.against}, which comes no earlier"
+                elif (other := self.compared_with(place, gate)) is not None and other not in judged:
+                    yield (
+                        (*place, gate.rule),
+                        f"metric {name} is not measured on {other}, which comes no later than {metric.against}, whose "
+                        "answers it compares with; `at_least: 0.5` asks for as many won as lost",
+                    )
 
     def _chat_stages(self) -> Iterator[tuple[Location, str]]:
         known = [BASE, *(stage.name for stage in self.stages)]

@@ -14,7 +14,7 @@ from specs.load import Document, Problem, SpecError
 from specs.load import read as read_document
 from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
-from specs.pipeline import Location
+from specs.pipeline import BASE, Location
 from specs.train import Optimizer
 from stages.arguments import extra_problems
 from stages.artifact import read
@@ -26,6 +26,7 @@ from stages.evaluate import measure_names
 from stages.files import Found, check_method, check_metric, check_model, check_source, missing
 from stages.layout import Layout, read_layout
 from stages.methods import Method
+from stages.metrics import preference
 from stages.metrics.endpoint import missing_key
 from stages.metrics.installed import is_offline, not_here
 from stages.objective import ObjectiveSpec
@@ -103,6 +104,15 @@ def _unknown_measures(pipeline: Pipeline, folder: Path) -> Found:
             continue
         if (problem := _measure_problem(metric, gate.metric_name, gate.measure, folder)) is not None:
             found.append(((*place, "metric"), problem))
+        elif metric.kind == "preference" and pipeline.compared_with(place, gate) == BASE:
+            measure = gate.measure or preference.DEFAULT
+            if measure not in preference.ON_THE_BASE:
+                known = ", ".join(f"{gate.metric_name}.{name}" for name in preference.ON_THE_BASE)
+                said = (
+                    f"the base has no {measure}: a reward refers to what a model was trained from; give a threshold "
+                    f"(at_least, at_most), compare with a stage, or take one of {known}"
+                )
+                found.append(((*place, gate.rule), said))
     return found
 
 

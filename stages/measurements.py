@@ -48,12 +48,8 @@ class Measurements:
             for name, spec in metrics.items()
             if not isinstance(spec, JudgeSpec)
         }
-        known = {above.name: above for above in _above(model)}
         for name, spec in metrics.items():
-            if not isinstance(spec, JudgeSpec) or model.before is None:
-                continue
-            other = model.before if spec.against == PREVIOUS else known.get(spec.against)
-            if other is not None:
+            if isinstance(spec, JudgeSpec) and (other := _opponent(spec, model, {})) is not None:
                 found[name] = self._judged(name, "stages", model, found[spec.answers], other.between[spec.answers])
         return tuple(found.values())
 
@@ -88,14 +84,12 @@ class Measurements:
 
         for metric in release.measured:
             spec = self.pipeline.metrics[metric]
-            if not isinstance(spec, JudgeSpec):
-                for model in (*(others[name] for name in release.compared_over(metric)), released):
+            for model in (*(others[name] for name in release.compared_over(metric)), released):
+                if not isinstance(spec, JudgeSpec):
                     full(metric, model)
-                continue
-            other = released.before if spec.against == PREVIOUS else others[spec.against]
-            if other is not None:
-                answers = full(spec.answers, released), full(spec.answers, other)
-                keep(released, metric, self._judged(metric, "release", released, *answers))
+                elif (other := _opponent(spec, model, others if model is released else {})) is not None:
+                    answers = full(spec.answers, model), full(spec.answers, other)
+                    keep(model, metric, self._judged(metric, "release", model, *answers))
         return found
 
     def _refers(self, metric: str) -> bool:
@@ -161,6 +155,19 @@ class Measurements:
 
 def _file(model: Measured, metric: str, identity: dict[str, Any]) -> str:
     return str(model.place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json")
+
+
+def _opponent(spec: JudgeSpec, model: Measured, beside: Mapping[str, Measured]) -> Measured | None:
+    """Whose answers a judge compares a model's with; None where that model comes no earlier.
+
+    Args:
+        spec: the judge's.
+        model: the model that is judged.
+        beside: models that it may be compared with besides those that it was made from, by name.
+    """
+    if spec.against == PREVIOUS:
+        return model.before
+    return ({one.name: one for one in _above(model)} | dict(beside)).get(spec.against)
 
 
 def _above(model: Measured) -> Iterator[Measured]:

@@ -34,6 +34,8 @@ MEASURES = (
     "policy_accuracy",
     "policy_length_bias",
 )
+ON_THE_BASE = ("policy_accuracy", "policy_length_bias")
+"""Those that need no model to refer to, so that the base has them, too."""
 VERSION = 2
 """Of what is measured and kept."""
 

@@ -115,6 +115,24 @@ def test_a_gate_over_a_measure_that_there_is_not_is_refused_before_anything_trai
         read_spec(project)
 
 
+@pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        ("pairs, improves_on: base", True),
+        ("pairs.reward_margin, keeps: previous", True),
+        ("pairs.policy_accuracy, improves_on: base", False),
+    ],
+)
+def test_rewards_are_not_compared_with_the_base_which_has_none(project, gate, refused):
+    text = project.read_text()
+    project.write_text(text.replace("metric: domain, improves_on: base, by: 1%", f"metric: {gate}"))
+    if not refused:
+        read_spec(project)
+        return
+    with pytest.raises(SpecError, match=r"gates\[0\]\.\w+: the base has no reward_\w+: .*pairs\.policy_accuracy"):
+        read_spec(project)
+
+
 def test_the_metric_of_a_task_file_is_looked_up_in_it(project):
     project.write_text(project.read_text().replace("metric: acc_norm", "metric: f1"))
     with pytest.raises(

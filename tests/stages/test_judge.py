@@ -20,6 +20,7 @@ from stages.errors import InvalidInput, StageFailed, TryAgain
 from stages.metrics.endpoint import endpoint_judge
 from stages.metrics.judge import compare, question
 from stages.metrics.local_judge import local_judge
+from stages.run import run_job
 
 SPEC = JudgeSpec(kind="judge", answers="said", endpoint=EndpointSpec(url="http://127.0.0.1:1/v1", model="m"))
 
@@ -404,6 +405,62 @@ def test_a_gate_on_a_comparison_with_a_later_stage_is_refused(project, capsys):
     assert "stages[0].gates[0].metric: metric taste compares with stage two, which comes no earlier" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("against", "gate", "said"),
+    [
+        ("previous", ("at_least: 0.01", "improves_on: base"), "stages[0].gates[0].improves_on: metric taste is not"),
+        (
+            "base",
+            ("at_least: 0.01", "keeps: previous"),
+            "stages[0].gates[0].keeps: metric taste is not measured on base",
+        ),
+        ("base", ("{metric: taste, at_least: 0.01", "{metric: said.length, keeps: base"), ""),
+    ],
+)
+def test_a_gate_that_compares_with_where_no_judge_was_asked_is_refused(project, capsys, against, gate, said):
+    spec = written(project, "model: {path: base}")
+    spec.write_text(spec.read_text().replace("against: previous", f"against: {against}").replace(*gate))
+    assert _run(["validate", str(spec)]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+
+
+RELEASE = """\
+release:
+  gates:
+    - {metric: taste, at_least: 0.01, confidence: null}
+    - {metric: taste, keeps: two, within: 1, confidence: null}
+"""
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("against", ["base", "previous"])
+def test_the_release_is_judged_over_all_prompts_and_so_is_the_stage_that_it_is_compared_with(
+    project, run_spec, against
+):
+    spec = written(project, "model: {path: base, dtype: float32}, limit: 2")
+    chain = spec.read_text().replace("path: prompts.jsonl}", "path: prompts.jsonl}, limit: 3")
+    spec.write_text(chain.replace("against: previous", f"against: {against}") + RELEASE)
+    plan = run_spec(spec, until="two")
+    for number in range(len(plan.references)):
+        run_job(plan.job(plan.references[number]))
+        plan = run_spec(spec, until="two")
+    plan = run_spec(spec)
+    assert not plan.pending
+    assert [one.outcome for one in plan.verdicts(plan.steps[-1])] == ["passed", "passed"]
+    in_full = {step.name: step for step in (*plan.references, plan.steps[-1])}
+    start = in_full["base" if against == "base" else "one"]
+    assert [len(step.evaluation("said").samples) for step in in_full.values()] == [6] * len(in_full)
+    for judged in (in_full["two"], in_full["release"]):
+        found = judged.evaluation("taste")
+        assert found.measure(None).n == 6
+        assert [one["answer"] for one in found.samples] == [one["answer"] for one in judged.evaluation("said").samples]
+        assert [one["other"] for one in found.samples] == [one["answer"] for one in start.evaluation("said").samples]
+    assert plan.steps[2].evaluation("taste").measure(None).n == 2
+    assert [one.model for one in rankings(plan)["taste"]] == ["base", "one", "two"]
+    rows = {row[0]: row[1:] for row in summarise(plan).release_metrics}
+    assert "–" not in rows["taste · win_rate"][-2:]
 
 
 def test_a_generation_that_only_a_judge_reads_is_used(project, capsys):
