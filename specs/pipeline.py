@@ -1,6 +1,7 @@
 """The whole spec: a base model, metrics, and stages in order."""
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
@@ -11,7 +12,7 @@ from specs.base import Spec, identity_fields, name_only
 from specs.data import DataLimits, DataSpec
 from specs.explain import explain
 from specs.gate import GateSpec
-from specs.metric import MetricSpec, with_limit
+from specs.metric import JudgeSpec, MetricSpec, with_limit
 from specs.model import ModelSpec
 from specs.paths import Slug
 from specs.release import ReleaseSpec
@@ -135,6 +136,16 @@ class PipelineSpec(Spec, Generic[StageT]):
         """A metric with the rows of its tier: `stages` as the spec has it, `release` as the release asks for it."""
         spec = self.metrics[name]
         return spec if tier != "release" or self.release is None else with_limit(spec, self.release.limit)
+
+    @property
+    def metrics_in_full(self) -> dict[str, MetricSpec]:
+        """Each metric with all the rows that any tier measures: what training rows must not hold."""
+        found = dict(self.metrics)
+        for name in () if self.release is None else self.release.measured:
+            spec = self.metrics[name]
+            rows = spec.answers if isinstance(spec, JudgeSpec) else name  # a judge has none of its own
+            found[rows] = max(found[rows], self.metric(rows, "release"), key=lambda one: one.limit or math.inf)
+        return found
 
     def placed_gates(self) -> Iterator[tuple[Location, GateSpec]]:
         """Every gate at its place: the stages', and then the release's."""

@@ -68,6 +68,11 @@ def _shares(report: Report) -> list[str]:
     found = []
     for one in report["sources"]:
         wanted, got = one["wanted_share"], one["share_of_tokens"]
+        if not one["rows"]:
+            found.append(
+                f"{one['source']}: none of its {one['available']:,} rows is trained on at a weight of "
+                f"{one['weight']:g}: raise it, or remove the source"
+            )
         if wanted is not None and abs(got - wanted) > MISSED * wanted:
             found.append(f"{one['source']} makes up {got:.3g} of the tokens, not {wanted:g}: its rows are too long")
         if wanted is not None and one["rows_per_pass"] > PASSES * one["rows"]:

@@ -54,7 +54,7 @@ def _report(pipeline: Pipeline, folder: Path, name: str, tokenizer: "PreTrainedT
     mixture = mixed(stage.data, folder, stage.normalise, seed, lambda own: stage.sizes(own, tokenizer))
     dataset, masks = stage.dataset(mixture.rows, tokenizer)
     masks.checked(stage.name, mixture.counts)
-    return make_report(Material(stage, pipeline.metrics, folder, mixture, dataset, masks, tokenizer))
+    return make_report(Material(stage, pipeline.metrics_in_full, folder, mixture, dataset, masks, tokenizer))
 
 
 def main() -> int:

@@ -72,7 +72,7 @@ def make_stage(
             tell_what_was_left_out(count)
         dataset, masks = stage.dataset(mixture.rows, tokenizer)
         masks.checked(stage.name, mixture.counts)
-        material = Material(stage, job.pipeline.metrics, Path(job.folder), mixture, dataset, masks, tokenizer)
+        material = Material(stage, job.pipeline.metrics_in_full, Path(job.folder), mixture, dataset, masks, tokenizer)
         report = _reported(material, work / DATA_REPORT, job)
         start = Start(
             parent.model,

@@ -73,7 +73,7 @@ def _of_card(card: Path) -> Origin | None:
         with card.open("rb") as stream:
             block = _FRONT.match(stream.read(_LARGEST_CARD).decode("utf-8", "replace"))
         said = YAML(typ="safe").load(block[1]) if block else None
-    except (OSError, YAMLError, ValueError, RecursionError):
+    except (OSError, YAMLError, ValueError, LookupError, RecursionError):  # LookupError: !!bool maybe
         return None
     return None if not isinstance(said, dict) else _stated(said, "license", "its model card")
 

@@ -176,10 +176,9 @@ def _examples(metric: MeasuredOnRows, folder: Path) -> Iterator[tuple[Line, Row]
         schema = any_scored_row
         if isinstance(metric, PreferenceSpec):
             schema = preference_row
-        limit = None
-        if isinstance(metric, GenerationSpec):
-            schema, limit = row_schema(metric), metric.limit
-        yield from islice(read_lines(metric.data, folder, schema, limit), limit)
+        elif isinstance(metric, GenerationSpec):
+            schema = row_schema(metric)
+        yield from islice(read_lines(metric.data, folder, schema, metric.limit), metric.limit)
         return
     if not is_task_file(metric.task):
         raise InvalidInput(f"the rows of the installed task {metric.task} are no files of the spec")

@@ -6,7 +6,7 @@ from rich.filesize import decimal
 
 from flows.engine import Run
 from flows.model_card import keep_card
-from flows.publish.folder import to_folder
+from flows.publish.folder import check_folder, to_folder
 from flows.publish.hub import repository, require_access, to_hub
 from flows.publish.publication import MANIFEST, Publication, gather
 from flows.terminal import out
@@ -26,8 +26,7 @@ def publish_release(spec: Path, root: Path, to: str, *, private: bool, with_warn
     if private and repo is None:
         raise InvalidInput("--private goes with a place on the hub (--to hub:OWNER/NAME)")
     publication, against = gather(Run(spec, root), with_warnings=with_warnings)
-    if repo is not None:
-        against += _no_access()
+    against += _no_place(publication, to, repo)
     if dry_run:
         _tell(publication, against, to)
     if against:
@@ -43,9 +42,13 @@ def publish_release(spec: Path, root: Path, to: str, *, private: bool, with_warn
         _line(f"{to}: holds this release already, with this card")
 
 
-def _no_access() -> list[TriviumError]:
+def _no_place(publication: Publication | None, to: str, repo: str | None) -> list[TriviumError]:
+    """Why it cannot go there, as far as that can be known before anything is written or sent."""
     try:
-        require_access()
+        if repo is not None:
+            require_access()
+        elif publication is not None:
+            check_folder(publication, Path(to))
     except InvalidInput as error:
         return [error]
     return []

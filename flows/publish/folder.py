@@ -54,6 +54,18 @@ def to_folder(publication: Publication, target: Path) -> bool:
     return True
 
 
+def check_folder(publication: Publication, target: Path) -> None:
+    """Look, without writing anything, whether the publication may appear at ``target``.
+
+    Raises:
+        InvalidInput: something else is there, or files were changed that a person may want to keep.
+    """
+    target = Path(os.path.realpath(target))
+    _check_place(target, publication.plan.store.parent)
+    if target.exists():
+        _earlier(target, publication.name)
+
+
 @contextmanager
 def _told(target: Path) -> Iterator[None]:
     """What the disk says, with the place that was to be written: a library names what it was reading."""

@@ -13,7 +13,8 @@ from flows.engine import Plain, Run, nothing_to_do, run_chain
 from flows.markdown import code, fence, prose, without_places
 from flows.model_card import card_text, keep_card
 from stages.artifact import CARD, damage
-from stages.documents import is_sealed_card, sealed_card
+from stages.data_report import DATA_REPORT
+from stages.documents import is_sealed_card, sealed_card, write_json
 from stages.errors import GateRefused
 from stages.evaluate import Evaluation, save
 from stages.gate import interval_of
@@ -141,6 +142,24 @@ def test_the_card_names_stages_data_hashes_gates_and_the_spec(released):
     assert text.count("| passed |") == 3
     assert (released.folder / "spec.yaml").read_text() in text
     assert "is better than its base" not in text
+
+
+def test_what_the_gates_of_the_release_measure_is_among_the_measures(released):
+    assert "domain · bits\\_per\\_word" not in card(released)
+    with (released.folder / "spec.yaml").open("a") as spec:
+        spec.write("release: {gates: [{metric: domain.bits_per_word, improves_on: base}]}\n")
+    assert "| domain · bits\\_per\\_word |" in card(released)
+
+
+def test_examples_that_are_too_short_to_tell_are_not_said_to_be_free_of_overlap(released):
+    plan = released.plan()
+    sets = [
+        {"metric": name, "examples": 7, "judged": judged, "overlapping": 0} for name, judged in (("a", 0), ("b", 5))
+    ]
+    write_json(plan.steps[1].place / DATA_REPORT, {"overlap": {"sets": sets}})
+    text = card_text(plan, released.folder / "spec.yaml", ".")
+    assert "of a: not known, for none of them (7) is long enough to tell.\n" in text
+    assert "of b: 0 of 5 examples share a run of words with the training rows.\n" in text
 
 
 def test_no_place_of_this_machine_and_no_secret_is_in_it(released, monkeypatch):

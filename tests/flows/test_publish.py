@@ -103,6 +103,15 @@ def test_a_dry_run_lists_what_would_go_and_writes_nothing(released, tmp_path):
     }
 
 
+@pytest.mark.parametrize("place", ["runs", "spec.yaml", "data"])
+def test_a_dry_run_says_where_it_cannot_go(released, place):
+    target = released.folder / place
+    code, said, complained = trivium("publish", spec(released), "--root", released.root, "--to", target, "--dry-run")
+    assert code == 2
+    assert said.splitlines()[-1].startswith(f"may not go to {target} as release-")
+    assert complained.startswith(f"trivium: not published: {target}")
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_gate_that_refuses_ends_with_3_and_its_reason(released, tmp_path, dry_run):
     released.edit(("at_most: 2", "at_most: 1"))

@@ -15,11 +15,12 @@ from specs.data import DataLimits, exceeds
 from specs.metric import PerplexitySpec
 from stages import data_report, run
 from stages.data_limits import refusals, summary, warnings
+from stages.data_preview import preview
 from stages.data_report import DATA_REPORT, Material, kept_or_made, make_report
 from stages.errors import InvalidInput
 from stages.mixing import mixed
 from stages.model import load_tokenizer
-from stages.pipeline import Stage
+from stages.pipeline import Stage, load_pipeline
 
 pytestmark = pytest.mark.model
 
@@ -81,6 +82,28 @@ def test_a_row_that_its_weight_uses_twice_is_no_duplicate(report_of):
     (one,) = report["sources"]
     assert (one["rows"], one["rows_per_pass"], one["weight"], report["duplicates"]["rows"]) == (5, 10, 2.0, 0)
     assert one["tokens_per_pass"] == 2 * 5 * one["lengths"]["mean"]
+
+
+def test_a_source_of_which_nothing_is_trained_on_is_told(report_of):
+    files = {"data/a.jsonl": [{"text": words(n)} for n in range(9)], "data/b.jsonl": [{"text": words(20)}] * 4}
+    report = report_of(files, data=[SOURCE, {"path": "data/b.jsonl", "weight": 0.1}])
+    assert [one["rows"] for one in report["sources"]] == [9, 0]
+    said = "data/b.jsonl: none of its 4 rows is trained on at a weight of 0.1: raise it, or remove the source"
+    assert warnings(report) == [said]
+
+
+@pytest.mark.parametrize(("limit", "looked_at"), [("", 9), (", limit: 6", 6), (", limit: 1", 4)])
+def test_overlap_is_looked_for_in_all_that_is_measured_before_the_release(tmp_path, base_model, limit, looked_at):
+    write_rows(tmp_path / "data/corpus.jsonl", [{"text": words(n)} for n in range(9)])
+    (tmp_path / "base").symlink_to(base_model)
+    spec = write_spec(
+        tmp_path, head="metrics: {domain: {kind: perplexity, data: {path: data/corpus.jsonl}, limit: 4}}\n"
+    )
+    with spec.open("a") as file:
+        file.write(f"release: {{metrics: [domain]{limit}}}\n")
+    pipeline, _ = load_pipeline(spec)
+    (one,) = preview(pipeline, tmp_path, base_model, ["only"])
+    assert one["report"]["overlap"]["sets"][0]["examples"] == looked_at
 
 
 # What is trained

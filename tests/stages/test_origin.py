@@ -45,6 +45,8 @@ HOSTILE = {
     "no licence": "---\nlicense: '<script>alert(1)</script>'\n---\n",
     "a long one": f"---\nlicense: {'x' * 5000}\n---\n",
     "a tag": "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
+    "no truth": "---\nlicense: !!bool maybe\n---\n",
+    "no number": "---\nlicense: mit\nx: !!int ''\n---\n",
     "a bomb": "---\na: &a [x, x]\nb: &b [*a, *a]\nlicense: *b\n---\n",
     "deep": "---\nlicense: " + "[" * 5000 + "\n---\n",
     "twice": "---\nlicense: mit\nlicense: gpl\n---\n",

@@ -7,8 +7,8 @@ from specs.metric import JudgeSpec, LmEvalSpec, PerplexitySpec, PreferenceSpec
 from stages.overlap import overlaps
 
 
-def perplexity(path: str) -> PerplexitySpec:
-    return PerplexitySpec.model_validate({"kind": "perplexity", "data": {"path": path}})
+def perplexity(path: str, limit: int | None = None) -> PerplexitySpec:
+    return PerplexitySpec.model_validate({"kind": "perplexity", "data": {"path": path}, "limit": limit})
 
 
 def test_an_example_overlaps_where_a_run_of_13_words_of_it_is_trained_on(tmp_path):
@@ -56,6 +56,12 @@ def test_pairs_and_task_files_are_looked_at_too_and_what_cannot_be_is_told(tmp_p
     assert arc["not_looked_at"] == "the rows of the installed task arc_easy are no files of the spec"
     assert split["not_looked_at"] == "no examples are where the metric's task looks for them"
     assert gone["not_looked_at"].endswith("gone.jsonl: no such file")
+
+
+def test_rows_that_are_not_measured_are_not_looked_at(tmp_path):
+    write_rows(tmp_path / "held.jsonl", [{"text": words(n, 20)} for n in range(3)])
+    (found,) = overlaps({"domain": perplexity("held.jsonl", 2)}, tmp_path, [{"text": words(n, 20)} for n in (0, 2)])
+    assert (found["examples"], found["overlapping"]) == (2, 1)
 
 
 def test_evaluation_sets_beyond_the_bound_are_counted_as_not_looked_at(tmp_path, monkeypatch):
