@@ -82,6 +82,7 @@ def report_stage(step: Step, outcome: Outcome) -> None:
         if outcome.verdicts:
             rows = [verdict.as_record() for verdict in outcome.verdicts]
             create_table_artifact(rows, key=_key(*_owner(step), "gates"), description=outcome.line)
+    with suppress(Exception):  # a table that the server does not take costs no picture
         artifact = read(step.place)
         if artifact is not None:
             for name, (title, chart) in pictures(stage_facts(step.title, artifact)).items():
@@ -103,7 +104,8 @@ def report_run(plan: Plan) -> None:
 
 def markdown(summary: Summary, plan: Plan | None = None) -> str:
     """The summary as a page: the chain, metrics, verdicts, costs, the model's folder."""
-    chain = " --> ".join(f"{name}" for name in summary.columns[1:])
+    # Under numbers: a stage may be called «end» or «graph», which are words of the diagram's language.
+    chain = " --> ".join(f's{number}["{name}"]' for number, name in enumerate(summary.columns[1:]))
     parts = [f"# {summary.title}", f"```mermaid\ngraph LR\n{chain}\n```"]
     parts.append(_table(summary.columns, summary.metrics))
     if summary.release_metrics:
@@ -131,7 +133,7 @@ def escaped(text: str) -> str:
 
 def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
     lines = [columns, tuple("---" for _ in columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _owner(step: Step) -> tuple[str, str]:

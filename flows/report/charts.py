@@ -7,7 +7,7 @@ alone carries the style inside it. No chart tells anything by colour only: there
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STYLE = """\
 .ink{fill:var(--ink,#1c2024)}.soft{fill:var(--soft,#5b6570)}.line{stroke:var(--line,#d5dae0);fill:none}
@@ -22,6 +22,8 @@ _ALONE = (
 )
 _LEFT, _BOTTOM, _TOP, _RIGHT = 58, 40, 14, 18
 """Room around the plotting area, in pixels."""
+_HUGE, _TINY = 1e300, 1e-300
+"""What is larger has no place on a scale, and what is smaller no scale of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Axis:
 def scatter(points: Sequence[Point], x: Axis, y: Axis) -> str:
     """Learning against forgetting: a point for the base and each stage, in order, joined by a line."""
     width, height = 620, 380
+    points = [replace(p, x_error=_drawable(p.x_error), y_error=_drawable(p.y_error)) for p in points]
     across = _scale([p.x - p.x_error for p in points] + [p.x + p.x_error for p in points], _LEFT, width - _RIGHT, x)
     up = _scale([p.y - p.y_error for p in points] + [p.y + p.y_error for p in points], height - _BOTTOM, _TOP, y)
     parts = [_grid_x(across, height), _grid_y(up, width)]
@@ -74,12 +77,18 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return _svg(width, height, parts, f"{x.label} against {y.label}. {listed}")
 
 
+def _drawable(error: float) -> float:
+    """Half of an interval; 0 where it is no number or has no end."""
+    return error if abs(error) < _HUGE else 0.0
+
+
 def curves(steps: Sequence[int], losses: Sequence[float], rates: Sequence[float], label: str) -> str:
     """Training loss over the steps, and the learning rate as a dashed line on a scale of its own."""
     width, height = 620, 240
+    highest = max((rate for rate in rates if math.isfinite(rate)), default=0.0)
     across = _scale([float(step) for step in steps], _LEFT, width - 60, None)
     up = _scale(losses, height - _BOTTOM, _TOP, None)
-    right = _scale([0.0, max(rates, default=0.0)], height - _BOTTOM, _TOP, None)
+    right = _scale([0.0, highest], height - _BOTTOM, _TOP, None)
     draw = zip(steps, losses, rates, strict=True)
     places = [(across(step), up(loss), right(rate)) for step, loss, rate in draw]
     parts = [_grid_x(across, height, whole=True), _grid_y(up, width - 42)]
@@ -88,7 +97,7 @@ def curves(steps: Sequence[int], losses: Sequence[float], rates: Sequence[float]
     parts += [
         _text((width + _LEFT) / 2, height - 4, "step", "soft", "middle"),
         _upright(14, (height - _BOTTOM) / 2, "training loss"),
-        _text(width - 56, _TOP + 4, f"{max(rates, default=0.0):.2g}", "soft", "start"),
+        _text(width - 56, _TOP + 4, f"{highest:.2g}", "soft", "start"),
         _text(width - 56, height - _BOTTOM, "0", "soft", "start"),
         _upright(width - 6, (height - _BOTTOM) / 2, "learning rate (dashed)"),
     ]
@@ -150,7 +159,8 @@ def interval(low: float, high: float, required: float, outcome: str) -> str:
 
 
 def bars(shares: Sequence[tuple[str, float]], label: str) -> str:
-    """Shares of a whole, the largest first."""
+    """Shares of a whole, the largest first; those that are no numbers are left out."""
+    shares = [(name, share) for name, share in shares if math.isfinite(share)]
     left = 20 + 7 * max((len(name) for name, _ in shares), default=0)
     width, height = left + 300, 22 * len(shares) + 6
     largest = max((share for _, share in shares), default=1.0) or 1.0
@@ -175,6 +185,8 @@ class _Scale:
         self.low, self.high, self._start, self._stop = low, high, start, stop
 
     def __call__(self, value: float) -> float:
+        """Where a value stands; what lies beyond the ends stands at them, what is no number nowhere (nan)."""
+        value = min(max(value, min(self.low, self.high)), max(self.low, self.high))
         return self._start + (value - self.low) / (self.high - self.low) * (self._stop - self._start)
 
     def ticks(self, *, whole: bool = False) -> list[float]:
@@ -189,9 +201,13 @@ class _Scale:
 
 
 def _scale(values: Sequence[float], start: float, stop: float, axis: Axis | None, room: float = 0.1) -> _Scale:
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    # Beyond what is drawn, the difference of two ends would be no number.
+    finite = [value for value in values if abs(value) < _HUGE] or [0.0]
     low, high = min(finite), max(finite)
-    more = room * (high - low) or 0.05 * abs(high) or 1.0
+    more = room * (high - low)
+    if more < 1e-12 * max(abs(low), abs(high)) or more < _TINY:  # nothing that a float could part
+        more = 0.05 * max(abs(low), abs(high))
+        more = more if more > _TINY else 1.0
     low, high = low - more, high + more
     if axis is not None and not axis.upward:
         low, high = high, low

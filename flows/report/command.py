@@ -29,7 +29,12 @@ def report(
 
     from flows.engine import Run
     from flows.report.page import write_report
+    from stages.errors import InvalidInput
 
+    if output is not None and output.is_dir():
+        raise InvalidInput(
+            f"--output {str(output)!r} is a folder: name the file in it, such as {output / 'report.html'}"
+        )
     place = write_report(Run(spec, root_of(spec, root)).plan(), spec, output).absolute()
     print(f"report: {place}")  # noqa: T201
     if open_browser:

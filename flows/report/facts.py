@@ -52,8 +52,9 @@ class Stage:
     @property
     def spectrum(self) -> list[dict[str, Any]]:
         """The scores of every matrix, where the method is Spectrum."""
-        rows = self.training.get("method", {}).get("spectrum") or []
-        return list(rows)
+        method = self.training.get("method")
+        rows = method.get("spectrum") if isinstance(method, dict) else None
+        return list(rows) if isinstance(rows, list) else []
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def stages(plan: Plan) -> list[Stage]:
 def stage_facts(name: str, artifact: Artifact) -> Stage:
     """What the artifact of a stage says of it; what cannot be read is left out."""
     training = _kept(artifact.path / "training.json") or {}
-    curve = [entry for entry in training.get("training", {}).get("curve", ()) if isinstance(entry, dict)]
+    trained = training.get("training")
+    curve = trained.get("curve") if isinstance(trained, dict) else None
     data = _kept(artifact.path / DATA_REPORT)
-    return Stage(name, training, data, diagnostics_of(artifact), _thinned(curve))
+    return Stage(name, training, data, diagnostics_of(artifact), _thinned(curve if isinstance(curve, list) else []))
 
 
 def trade(plan: Plan) -> Trade | None:
@@ -252,17 +254,25 @@ def _tokens_per_second(step: Step, record: dict[str, Any]) -> float | None:
     report = None if step.artifact is None else _kept(step.artifact.path / DATA_REPORT)
     if step.stage is None or report is None or not seconds or training.get("resumed_at"):
         return None
-    per_sequence = report["total"]["tokens_per_pass"] / max(1, training.get("sequences", 0))
-    return float(training["steps"] * step.stage.train.batch_size * per_sequence / seconds)
+    try:
+        per_sequence = report["total"]["tokens_per_pass"] / max(1, training.get("sequences", 0))
+        return float(training["steps"] * step.stage.train.batch_size * per_sequence / seconds)
+    except (LookupError, TypeError):  # damaged, or of another version
+        return None
 
 
-def _thinned(curve: list[dict[str, Any]]) -> list[dict[str, float]]:
-    step = max(1, math.ceil(len(curve) / MOST_POINTS))
-    return [
+def _thinned(curve: list[Any]) -> list[dict[str, float]]:
+    """The entries that tell a step and a loss, so many at most."""
+    told = [
         {"step": entry["step"], "loss": float(entry["loss"]), "rate": float(entry.get("learning_rate") or 0.0)}
-        for number, entry in enumerate(curve)
-        if entry.get("loss") is not None and (number % step == 0 or number == len(curve) - 1)
+        for entry in curve
+        if isinstance(entry, dict)
+        and isinstance(entry.get("step"), int)
+        and isinstance(entry.get("loss"), int | float)
+        and isinstance(entry.get("learning_rate"), int | float | None)
     ]
+    step = max(1, math.ceil(len(told) / MOST_POINTS))
+    return [one for number, one in enumerate(told) if number % step == 0 or number == len(told) - 1]
 
 
 def _kept(file: Path) -> dict[str, Any] | None:

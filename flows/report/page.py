@@ -1,6 +1,8 @@
 """The page: facts and charts, put together and written."""
 
+import math
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -61,17 +63,36 @@ def keep_report(plan: Plan, spec: Path) -> Path:
 
 def html_of(plan: Plan, spec: Path) -> str:
     """The report as one HTML page, without a script and without anything from elsewhere."""
-    text = _template().render(_values(plan, spec))
+    text = _template("page.html.jinja").render(_values(plan, spec))
     return redact(text, os.environ)
 
 
 @cache
-def _template() -> "Template":
+def _template(name: str) -> "Template":
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_shown
+    )
     environment.globals |= {"tone": _tone, "counted": counted}
-    return environment.from_string(Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def _shown(value: Any) -> Any:
+    """A text of others as the page may have it, before it is escaped: a secret with an & would not be found after."""
+    from markupsafe import Markup
+
+    return printable(redact(value, os.environ)) if type(value) is str and not isinstance(value, Markup) else value
+
+
+def _sound(make: Callable[..., Any], *given: Any) -> Any:
+    """What ``make`` draws of a document; None where the document is damaged or of another version."""
+    from jinja2 import TemplateError
+
+    try:
+        return make(*given)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError):
+        return None
 
 
 def _values(plan: Plan, spec: Path) -> dict[str, Any]:
@@ -82,7 +103,7 @@ def _values(plan: Plan, spec: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "name": plan.pipeline.name,
         "chain": chain,
-        "outcome": _outcome(chain) if not summary.withheld else f"No model: {summary.withheld}",
+        "outcome": _outcome(plan, chain) if not summary.withheld else f"No model: {summary.withheld}",
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "gates": [(name, verdict, _bar(verdict, Markup)) for name, verdict in summary.verdicts],
         "decisions": summary.decisions,
@@ -91,12 +112,14 @@ def _values(plan: Plan, spec: Path) -> dict[str, Any]:
         "trade": trade,
         "trade_chart": None if trade is None else Markup(charts.scatter(trade.points, trade.x, trade.y)),  # noqa: S704
         "curves": [(stage.name, Markup(loss_chart(stage))) for stage in stages if stage.curve],  # noqa: S704
-        "maps": [(stage.name, Markup(spectrum_chart(stage))) for stage in stages if stage.spectrum],  # noqa: S704
-        "updates": [_update(stage, Markup) for stage in stages if stage.update is not None],
-        "cosines": next(
-            (one.update["lineage"] for one in reversed(stages) if one.update and one.update.get("lineage")), None
-        ),
-        "data": [(stage.name, stage.data) for stage in stages if stage.data is not None],
+        "maps": [
+            (stage.name, Markup(chart))  # noqa: S704
+            for stage in stages
+            if stage.spectrum and (chart := _sound(spectrum_chart, stage)) is not None
+        ],
+        "updates": [one for stage in stages if (one := _sound(_update, stage, Markup)) is not None],
+        "cosines": next((one for stage in reversed(stages) if (one := _sound(_cosines, stage)) is not None), None),
+        "data": [one for stage in stages if (one := _sound(_data, stage, Markup)) is not None],
         "samples": facts.samples(plan),
         "costs": facts.costs(plan),
         "lineage": facts.lineage(plan),
@@ -116,9 +139,9 @@ def pictures(stage: facts.Stage) -> dict[str, tuple[str, str]]:
     found = {}
     if stage.curve:
         found["loss"] = ("training loss and learning rate", loss_chart(stage))
-    if stage.spectrum:
-        found["spectrum"] = ("which weight matrices Spectrum trained", spectrum_chart(stage))
-    if (chart := update_chart(stage)) is not None:
+    if stage.spectrum and (chart := _sound(spectrum_chart, stage)) is not None:
+        found["spectrum"] = ("which weight matrices Spectrum trained", chart)
+    if (chart := _sound(update_chart, stage)) is not None:
         found["update"] = ("what training changed, by layer and module type", chart)
     return found
 
@@ -156,24 +179,46 @@ def spectrum_chart(stage: facts.Stage) -> str:
 
 
 def update_chart(stage: facts.Stage) -> str | None:
-    """Relative size of the update by layer and module type; None where no matrix changed."""
+    """Relative size of the update by layer and module type; None where no matrix changed.
+
+    Of the experts of a layer the one that moved most shows: a page holds thousands of them, one upon the other.
+    """
     rows = [row for row in (stage.update or {}).get("matrices", ()) if row["relative_norm"] is not None]
     if not rows:
         return None
-    largest = max(row["relative_norm"] for row in rows) or 1.0
+    most: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: float(row["relative_norm"])):
+        place = (row["type"], row["layer"])
+        most[place] = row | {"planned": row["planned"] or most.get(place, row)["planned"]}
+    largest = rows[0]["relative_norm"] if len(rows) == 1 else max(row["relative_norm"] for row in rows)
     cells = [
         charts.Cell(
-            row["type"], row["layer"], row["relative_norm"] / largest, bool(row["planned"]),
+            kind, layer, row["relative_norm"] / (largest or 1.0), bool(row["planned"]),
             f"{row['name']}: {100 * row['relative_norm']:.3g}% of its norm",
         )
-        for row in rows
+        for (kind, layer), row in most.items()
     ]  # fmt: skip
     return charts.heat(cells, f"{stage.name}: size of the update by layer, at most {100 * largest:.3g}% of a matrix")
 
 
-def _update(stage: facts.Stage, markup: Any) -> dict[str, Any]:
+def _data(stage: facts.Stage, markup: Any) -> Any:
+    if stage.data is None:
+        return None
+    return markup(_template("data.html.jinja").render(stage=stage.name, report=stage.data))
+
+
+def _cosines(stage: facts.Stage) -> dict[str, Any] | None:
+    found = (stage.update or {}).get("lineage")
+    if not found:
+        return None
+    rows = [[None if one is None else float(one) for one in row] for row in found["cosines"]]
+    return {"rows": list(zip(found["names"], rows, strict=True)), "from_base": float(found["relative_from_base"])}
+
+
+def _update(stage: facts.Stage, markup: Any) -> dict[str, Any] | None:
     found = stage.update
-    assert found is not None  # noqa: S101 - chosen so
+    if found is None:
+        return None
     chart = update_chart(stage)
     types = sorted(found.get("types", {}).items(), key=lambda pair: -pair[1])
     told = [row["intruders"] for row in found["matrices"] if row["intruders"] is not None]
@@ -208,17 +253,18 @@ def _spread(values: list[float | None]) -> str:
 
 
 def _bar(verdict: Any, markup: Any) -> Any:
-    if None in (verdict.low, verdict.high, verdict.required):
+    ends = (verdict.low, verdict.high, verdict.required)
+    if None in ends or any(math.isnan(end) for end in ends):
         return None
     return markup(charts.interval(verdict.low, verdict.high, verdict.required, verdict.outcome))
 
 
-def _outcome(chain: list[facts.Link]) -> str:
-    """The one sentence at the top."""
+def _outcome(plan: Plan, chain: list[facts.Link]) -> str:
+    """The one sentence at the top: of attempts, the one that the chain goes on with counts."""
+    own = {step.title for step in plan.steps}
+    chain = [link for link in chain if link.name in own]
     for link in chain:
-        if link.state in ("refused", "undecided", "rejected") and not any(
-            later.state == "released" or later.seconds is not None for later in chain[chain.index(link) + 1 :]
-        ):
+        if link.state in ("refused", "undecided", "rejected"):
             return f"Stopped at {link.name}: its gates do not let it pass"
         if link.state == "waiting":
             return f"Waits for a person's decision on {link.name}"

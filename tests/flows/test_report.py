@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from tiny import write_data, write_model, write_rows
 from flows.artifacts import markdown
 from flows.cli import _run
 from flows.report import charts, facts
-from flows.report.page import REPORT, REPORTS, html_of, keep_report, pictures, write_report
+from flows.report.page import REPORT, REPORTS, html_of, keep_report, pictures, update_chart, write_report
 from flows.summary import summarise
 from stages.pipeline import load_pipeline
 from stages.plan import make_plan
@@ -169,6 +170,74 @@ def test_nothing_published_and_damaged_documents_make_a_page_all_the_same(projec
     assert pictures(found) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("training.json", {"training": None, "method": None}),
+        (
+            "training.json",
+            {"training": {"curve": [{"loss": 1}, {"loss": "x", "step": 1}, 3]}, "method": {"spectrum": [{}]}},
+        ),
+        ("data.json", {"format": 1, "sources": []}),
+        (
+            "diagnostics.json",
+            {"format": 1, "reason": None, "matrices": [{}], "others": [], "lineage": {"names": ["a"]}},
+        ),
+    ],
+)
+def test_a_document_of_another_version_is_left_out(project, tmp_path, name, document):
+    shutil.copytree(project.parent / "runs", tmp_path / "runs", symlinks=True)
+    plan = make_plan(load_pipeline(project)[0], project.parent, tmp_path / "runs")
+    for step in plan.steps[1:3]:
+        (step.artifact.path / name).write_text(json.dumps(document))
+    page = html_of(plan, project)
+    section = {"training.json": "training", "data.json": "data", "diagnostics.json": "updates"}[name]
+    assert f'id="{section}"' not in page
+    assert 'id="gates"' in page
+
+
+def test_a_threshold_that_was_raised_since_is_told_though_later_stages_are_there(project):
+    plan = plan_of(project, "{metric: domain, improves_on: base}", "{metric: domain, improves_on: base, by: 99%}")
+    states = {link.name: link.state for link in facts.chain(plan)}
+    assert states["knowledge"] != "passed"
+    assert plan.steps[2].artifact is not None
+    assert "Stopped at knowledge: its gates do not let it pass" in html_of(plan, project)
+
+
+def test_a_secret_that_html_spells_otherwise_is_blotted_out_too(project, monkeypatch):
+    monkeypatch.setenv("HOSTED_KEY", "<script>alert(1)</script>")
+    page = html_of(plan_of(project), project)
+    assert "alert(1)" not in page
+    assert "[redacted]" in page
+
+
+@pytest.mark.parametrize("value", [1.7e308, 5e-324, 0.0, float("inf"), float("nan"), 1e17])
+def test_no_number_is_too_odd_for_a_chart(value):
+    flat = charts.Axis("x", upward=True)
+    points = [charts.Point("a", 1.7e308, -1.7e308, value, value), charts.Point("b", 1e17, 1e17 + 16, 0.0, value)]
+    drawn = [
+        charts.scatter(points, flat, flat),
+        charts.curves([1, 2, 3], [value, -value, value], [value, 0.0, 1e-3], "odd"),
+        charts.interval(-abs(value), abs(value), value, "passed"),
+        charts.bars([("a", value if value < 2 else 1.0), ("b", 0.5)], "odd"),
+        charts.heat([charts.Cell("a", 1, value, True, "x")], "odd"),
+    ]
+    for chart in drawn:
+        places = re.findall(r' (?:d|points|x|y|cx|cy|width)="([^"]*)"', chart)
+        assert not [place for place in places if "inf" in place or re.search(r"\d{6}", place)], value
+        assert math.isnan(value) or "nan" not in "".join(places)
+
+
+def test_the_experts_of_a_layer_are_one_cell():
+    row = {"type": "experts.up", "planned": False, "relative_norm": 0.1}
+    rows = [row | {"layer": layer, "name": f"{layer}.{expert}"} for layer in range(32) for expert in range(64)]
+    rows[70] |= {"relative_norm": 0.2, "planned": True}
+    drawn = update_chart(facts.Stage("mixture", {}, None, {"matrices": rows}))
+    assert drawn.count("<title>") == 32
+    assert "1.6: 20% of its norm" in drawn
+    assert len(drawn) < 20_000
+
+
 def test_a_loss_that_is_no_number_breaks_the_line_and_not_the_page():
     drawn = charts.curves([1, 2, 3, 4], [1.0, float("nan"), 2.0, 1.5], [0.0, 1e-3, 1e-3, 0.0], "nan")
     assert "nan" not in drawn.replace("aria-label", "").split(">", 1)[1]
@@ -189,12 +258,16 @@ def test_the_command_writes_where_it_is_told(project, tmp_path, capsys):
     assert f"report: {target}" in capsys.readouterr().out
     assert "<h1>told</h1>" in target.read_text()
     assert _run(["report", str(project), "--output", "/proc/no/page.html"]) in (2, 4)
-    assert "Traceback" not in capsys.readouterr().err
+    assert _run(["report", str(project), "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "is a folder: name the file in it" in said
+    assert "Traceback" not in said
 
 
 def test_prefect_gets_the_same_charts(project):
     plan = plan_of(project)
     text = markdown(summarise(plan), plan)
+    assert 's0["base"] --> s1["knowledge"]' in text
     chart = re.search(r"!\[learned.*?\]\(data:image/svg\+xml;base64,([^)]+)\)", text)
     drawn = base64.b64decode(chart[1]).decode()
     assert drawn.startswith("<svg ")
