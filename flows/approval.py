@@ -13,7 +13,7 @@ from uuid import UUID
 
 from cyclopts import Parameter
 
-from flows.project import ARTIFACTS, DEFAULT_SPEC, Root, root_of
+from flows.project import ARTIFACTS, DEFAULT_SPEC, Root, command, root_of
 from specs.printable import printable_line
 from stages.errors import InvalidInput
 
@@ -43,7 +43,7 @@ def reject(run: RunName, *, why: Why, stage: StageName = None, who: Who = None, 
 
 def _decide(answer: "Answer", name: str, why: str, stage: str | None, who: str | None, root: Path | None) -> None:
     from flows.engine import Run
-    from stages.approval import command, decide, decision_on, unbelievable
+    from stages.approval import decide, decision_on, unbelievable
 
     spec, place = _spec_and_root(name, root)
     plan = Run(spec, place).plan()
@@ -65,7 +65,7 @@ def _decide(answer: "Answer", name: str, why: str, stage: str | None, who: str |
     if note:
         print(note)  # noqa: T201
     if not resumed and kept.approved:
-        print(f"go on with: {command('run', spec)}")  # noqa: T201
+        print(f"go on with: {command('run', spec, place)}")  # noqa: T201
 
 
 def _spec_and_root(name: str, root: Path | None) -> tuple[Path, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flows import process
+from flows.project import command
 from flows.release_link import point_to_release, withdraw
 from stages.approval import Decision, decision_on, question_of, record_verdict, require_approval, verdict_record
 from stages.artifact import JOBS, VERDICT, lock_file, set_aside
@@ -238,7 +239,13 @@ def _stop_if_refused(run: Run, plan: Plan, outcome: Outcome) -> None:
     approved = outcome.decision is not None and outcome.decision.approved
     withdrawn = "" if approved or step.name != RELEASE else withdraw(plan)
     if (asked := question_of(step, outcome.verdicts)) is not None:
-        require_approval(asked, best + outcome.gates_line + withdrawn, run.spec)
+        until = [] if run.until_stage is None else ["--until", run.until_stage]
+        require_approval(
+            asked,
+            best + outcome.gates_line + withdrawn,
+            approve=command("approve", run.spec, run.root),
+            run=command("run", run.spec, run.root, *until),
+        )
     else:
         raise GateRefused(f"{who}: {best}{outcome.line}{withdrawn}")
 

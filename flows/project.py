@@ -1,6 +1,7 @@
 """Where a project keeps its spec and its artifacts, and how commands name them."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,3 +30,9 @@ def root_of(spec: Path, root: Path | None) -> Path:
         how = "as --root" if root is not None else "as --root, or move the file"
         raise InvalidInput(f"{file}: a file, and the artifacts need a folder; name another place {how}")
     return place
+
+
+def command(name: str, spec: Path, root: Path, *options: str) -> str:
+    """A command on a spec, as a shell takes it; artifacts that are elsewhere than beside the spec are named in it."""
+    elsewhere = os.path.realpath(spec.parent / ARTIFACTS) != os.path.realpath(root)
+    return shlex.join(["trivium", name, str(spec), *(["--root", str(root)] if elsewhere else []), *options])

@@ -27,11 +27,12 @@ from pydantic import Field
 
 from flows.artifacts import escaped
 from flows.engine import Run
+from flows.project import command
 from specs.base import fingerprint
 from specs.metric import GenerationSpec
 from specs.pipeline import BASE, PREVIOUS
 from specs.secrets import redact
-from stages.approval import LONGEST, Decision, Question, command, decide, decision_on, questions
+from stages.approval import LONGEST, Decision, Question, decide, decision_on, questions
 from stages.artifact import short
 from stages.errors import InvalidInput
 from stages.gate import Verdict
@@ -205,7 +206,7 @@ def description(run: Run, plan: Plan, question: Question) -> str:
         _gates(question.verdicts),
         *_samples(plan, question),
         f"The artifact: `{step.place}`",
-        f'From a terminal: `{command("approve", run.spec)} --why "..."`',
+        f'From a terminal: `{command("approve", run.spec, run.root)} --why "..."`',
     ]
     return redact("\n\n".join(parts), os.environ)
 

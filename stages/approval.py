@@ -6,7 +6,6 @@ answer. Nothing here knows Prefect, so a decision outlives every server.
 """
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -176,13 +175,14 @@ def _text(name: str, text: str) -> str:
     return redact(printable_line(line), os.environ)
 
 
-def require_approval(question: Question, line: str, spec: Path) -> None:
+def require_approval(question: Question, line: str, *, approve: str, run: str) -> None:
     """Go on only where a person said so.
 
     Args:
         question: what is asked.
         line: what the gates came to.
-        spec: the spec's file, for what to do.
+        approve: the command that approves, but for the reason.
+        run: the command that goes on then.
 
     Raises:
         AwaitingApproval: nobody has decided yet.
@@ -193,17 +193,11 @@ def require_approval(question: Question, line: str, spec: Path) -> None:
         wrong = unbelievable(question)
         raise AwaitingApproval(
             f"stage {title} waits for a person: {line}. {wrong + '. ' if wrong else ''}"
-            f'Decide with `{command("approve", spec)} --why "..."` (or reject), then go on with '
-            f"`{command('run', spec)}`: nothing is made twice",
+            f'Decide with `{approve} --why "..."` (or reject), then go on with `{run}`: nothing is made twice',
             question.key,
         )
     if not decision.approved:
         raise GateRefused(f"stage {title}: {decision}. {line}")
-
-
-def command(name: str, spec: Path) -> str:
-    """A command on a spec, as a shell takes it."""
-    return f"trivium {name} {shlex.quote(str(spec))}"
 
 
 def standing(question: Question) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,13 @@ from pathlib import Path
 import pytest
 from unread import Project, make_project
 
-from flows import engine
+from flows import cli, engine
 from flows.engine import Outcome, Plain, Run, is_done, remember_plan, run_chain
 from specs.gate import GateSpec
 from stages import checkpoint, evaluate
 from stages.artifact import VERDICT, publish
 from stages.documents import read_sealed
-from stages.errors import GateRefused
+from stages.errors import AwaitingApproval, GateRefused
 from stages.garbage import find_garbage
 from stages.gate import judge
 from stages.measure import Measure, ratio
@@ -247,6 +249,21 @@ def test_a_run_until_a_stage_tries_again_though_its_spec_is_edited_meanwhile(pro
     monkeypatch.setattr(engine, "check_base", lambda *_: None)
     outcomes = run_chain(Run(spec, project.root, until_stage="knowledge"), Plain())
     assert [(outcome.step.attempt, outcome.passed) for outcome in outcomes[1:]] == [(1, False), (2, False), (3, True)]
+
+
+def test_a_person_is_told_commands_that_find_the_run_that_waits(project, monkeypatch, capsys):
+    spec = project.folder / "spec.yaml"
+    project.edit(("then: stop", "then: approve"))
+    monkeypatch.setattr(engine, "_work", lambda _plan, step, _hooks: put(project, step, BAD))
+    monkeypatch.setattr(engine, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(engine, "check_base", lambda *_: None)
+    with pytest.raises(AwaitingApproval) as caught:
+        run_chain(Run(spec, project.root, until_stage="knowledge"), Plain())
+    decide, go_on = re.findall(r"`trivium ([^`]+)`", str(caught.value))
+    assert cli._run([*shlex.split(decide)[:-1], "as good as it gets"]) == 0
+    assert shlex.split(go_on) == ["run", str(spec), "--root", str(project.root), "--until", "knowledge"]
+    assert f"go on with: trivium run {spec} --root {project.root}" in capsys.readouterr().out
+    assert run_chain(Run(spec, project.root, until_stage="knowledge"), Plain())[-1].decision.approved
 
 
 def test_what_the_attempts_came_to_is_kept_by_gc_and_what_no_spec_names_is_not(project):
