@@ -114,6 +114,7 @@ def make_stage(
         }
         write_json(output / "training.json", details)
         write_json(output / DATA_REPORT, report)
+        needed = peak_memory()  # before whole models are compared: that is no part of what the stage needs
         diagnosed = _diagnose(job, parent, output, Preparation(prepared.trainable, prepared.record))
         _draw(output, training, prepared.record)
         curve = training.pop("curve")
@@ -125,6 +126,7 @@ def make_stage(
             "data": [count.as_record(Path(job.folder)) for count in mixture.counts],
             "masks": masks.as_record(),
             "hand_over": handed,
+            "peak_memory": needed,
             **diagnosed,
             **start_record,
         }
@@ -273,16 +275,14 @@ def _draw(output: Path, training: dict[str, Any], method: dict[str, Any]) -> Non
 
 
 def _publish(job: Job, folder: Path, durations: dict[str, float], record: dict[str, Any]) -> Artifact:
-    record = (
-        record
-        | remote_code.record()
-        | {
-            "published": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(TRAINING_LIBRARIES),
-            "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},
-            "peak_memory": peak_memory(),
-        }
-    )
+    record = {
+        "published": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(TRAINING_LIBRARIES),
+        "durations": {name: round(seconds, 3) for name, seconds in (durations | so_far()).items()},
+        "peak_memory": peak_memory(),
+        **remote_code.record(),
+        **record,
+    }
     return publish(folder, Path(job.target), identity=job.identity, record=record)
 
 
