@@ -363,3 +363,11 @@ def test_diagnostics_that_fail_cost_no_stage(project, run_spec, monkeypatch, cap
 def test_diagnose_of_nothing_says_what_to_do(project, tmp_path, capsys):
     assert _run(["diagnose", str(written(project, "full")), "--root", str(tmp_path)]) == 2
     assert "no stage is published yet; `trivium run" in capsys.readouterr().err
+
+
+def test_comparing_whole_models_is_no_part_of_a_stage_s_peak_memory(project, run_spec, monkeypatch):
+    asked = iter(range(1, 100))
+    monkeypatch.setattr("stages.make.peak_memory", lambda: next(asked))
+    monkeypatch.setattr("stages.make.diagnose_stage", lambda *_: {"reason": str([next(asked) for _ in range(50)])})
+    _, answers = published(run_spec(written(project, "lora, rank: 4")))
+    assert answers.manifest["record"]["peak_memory"] < 50
