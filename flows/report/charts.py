@@ -63,7 +63,7 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis) -> str:
             f'<path class="one" d="M{at_x:.1f} {up(p.y - p.y_error):.1f}V{up(p.y + p.y_error):.1f}"/>',
             f'<circle class="dot" cx="{at_x:.1f}" cy="{at_y:.1f}" r="5"/>',
         ]
-        left = at_x > width * 0.7
+        left = at_x > width * 0.7 if number % 2 else at_x > width * 0.85
         above = number % 2 == 0
         parts.append(
             _text(

@@ -99,7 +99,8 @@ def trade(plan: Plan) -> Trade | None:
     Learning is the metric of the first gate that wants an improvement, or else a minimum or a maximum; forgetting that
     of the first `keeps` gate over another metric. Without such gates, nobody has said what either is.
     """
-    gates = [gate for stage in plan.pipeline.stages for gate in stage.gates]
+    release = plan.pipeline.release
+    gates = [gate for stage in plan.pipeline.stages for gate in stage.gates] + list(release.gates if release else ())
     learning = [gate for gate in gates if gate.improves_on is not None] or [
         gate for gate in gates if gate.keeps is None
     ]
