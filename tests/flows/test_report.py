@@ -127,7 +127,7 @@ def test_learning_and_keeping_are_what_the_gates_say(project):
     assert not found.x.upward
     base = plan_of(project).steps[0]
     assert found.points[0].x == base.evaluation("domain").measure(None).value
-    without = plan_of(project, "{metric: general, keeps: base, within: 50%}", "{metric: general, at_most: 9}")
+    without = plan_of(project, "metric: general, keeps", "metric: domain, keeps")
     assert facts.trade(without) is None
 
 
