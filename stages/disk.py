@@ -22,7 +22,9 @@ FLOAT32 = 4
 STATE_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0}
 """Bytes that an optimizer keeps per trained parameter; adafactor's rows and columns are too few to count."""
 SMALL_FILES = 50_000
-"""Bytes of what is small in a checkpoint (generators, arguments, log) or in an artifact (plots, probe, manifest)."""
+"""Bytes of what is small in a checkpoint (generators, arguments, log) or in a base's or the release's artifact."""
+BESIDE_WEIGHTS = 80_000
+"""Bytes of what is small in a stage's artifact: plots, probe, manifest, data report, diagnostics."""
 ENOUGH = 1.05
 """Headers, logs and file systems take a little more than the bytes of the weights."""
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -99,7 +101,7 @@ def stage_sizes(stage: ObjectiveSpec, model: Model, trained: int) -> tuple[int, 
     train = stage.train
     written = math.inf if train.max_steps is None else math.ceil(train.max_steps / train.checkpoint_every)
     adapter = 0 if stage.method.checkpoints_whole else FLOAT32 * trained
-    kept = SMALL_FILES + adapter
+    kept = BESIDE_WEIGHTS + adapter
     if stage.method.mergeable:
         kept += FLOAT32 * model.parameters + model.beside
     one = checkpoint_size(stage, model, trained)

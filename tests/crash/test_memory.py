@@ -31,7 +31,8 @@ def project(tmp_path_factory) -> Path:
     write_data(folder)
     line = (folder / "data/corpus.jsonl").read_text().splitlines()[0]
     words = line.partition(": ")[2].strip('"}') + " "
-    (folder / "data/long.jsonl").write_text(f'{{"text": "{words * 20}"}}\n' * 512)
+    rows = [f'{{"text": "{number} {words * 20}"}}\n' for number in range(512)]  # one row over and over is refused
+    (folder / "data/long.jsonl").write_text("".join(rows))
     return folder
 
 
