@@ -30,6 +30,7 @@ from flows import alive, suspension
 from flows.artifacts import Reporter, report_run, report_stage
 from flows.engine import Outcome, Run, run_chain
 from flows.process import Event
+from flows.report.page import keep_report
 from flows.server import ServerError, embedded_died
 from specs.load import SpecError
 from specs.secrets import redact
@@ -255,7 +256,10 @@ class _PrefectHooks:
         return self._asked_to_stop.is_set()
 
     def report(self, run: Run) -> None:
-        """The table of the whole chain. A server that is away has some minutes to come back, if it can at all."""
+        """Page and table of the whole chain. A server that is away has some minutes to come back, if it can at all."""
+        if self._run is not None and self._run.deployment_id is not None:  # else the command writes it
+            with suppress(Exception):  # a full disk, a document of another version
+                keep_report(run.plan(), run.spec)
         retries = get_current_settings().client.max_retries
         if not self._reachable() and not embedded_died():
             waits = 2 ** (retries + 1) - 2  # as long as Prefect's client asks

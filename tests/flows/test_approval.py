@@ -309,6 +309,7 @@ def test_a_served_run_waits_through_the_death_of_server_and_runner_and_goes_on_w
         kept = verdict(spec)["decision"]
         assert (kept["answer"], kept["who"], kept["why"]) == ("approve", "Ada", "it knows enough")
         assert {name: text for name, text in made(spec).items() if name in before} == before
+        assert "Released" in next(spec.parent.glob("artifacts/*/report.html")).read_text()  # nobody sat at a terminal
         decided_from_a_terminal(client, spec)
 
 
