@@ -3,7 +3,6 @@
 import base64
 import contextvars
 import queue
-import re
 import threading
 import time
 from contextlib import suppress
@@ -18,17 +17,16 @@ from prefect.artifacts import (
 )
 
 from flows.engine import Outcome
+from flows.markdown import escaped, table
 from flows.process import Event
 from flows.report.charts import alone, scatter
 from flows.report.facts import stage_facts, trade
 from flows.report.page import REPORT, pictures
 from flows.summary import Summary, summarise
-from specs.printable import printable_line
 from stages.artifact import read
 from stages.plan import Plan, Step
 
 SECONDS_BETWEEN_UPDATES = 2.0
-_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 
 
 class Reporter:
@@ -126,14 +124,9 @@ def markdown(summary: Summary, plan: Plan | None = None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def escaped(text: str) -> str:
-    """A text of others as one line of markdown that shows it as it is: no markup, no link, no HTML, no cell's end."""
-    return _PUNCTUATION.sub(r"\\\g<0>", printable_line(text))
-
-
 def _table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    lines = [columns, tuple("---" for _ in columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    plain = [tuple(cell.replace("|", "\\|") for cell in row) for row in (columns, *rows)]
+    return table(plain[0], plain[1:])
 
 
 def _owner(step: Step) -> tuple[str, str]:

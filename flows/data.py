@@ -1,9 +1,5 @@
 """`trivium data`: what stages would train on, on the terminal, without training."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +10,7 @@ from flows.engine import Run
 from flows.terminal import err, out
 from specs.printable import printable, printable_line
 from stages.check import read_spec
+from stages.child import ChildFailed, ask
 from stages.count import base_folder
 from stages.errors import BY_EXIT_CODE, InvalidInput, StageFailed
 
@@ -64,19 +61,12 @@ def print_data(asked: Run, stage: str | None) -> None:
 
 
 def _ask(request: dict[str, Any]) -> list[dict[str, Any]]:
-    offline = {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.data_preview"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **offline},
-    )
-    if done.returncode:
-        last = next(reversed(done.stderr.strip().splitlines()), "no reason given")
-        raise StageFailed(f"the process that looks at the data ended with {done.returncode}: {last[:300]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    try:
+        answer = ask("stages.data_preview", request, {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"})
+    except ChildFailed as error:
+        raise StageFailed(
+            f"the process that looks at the data ended with {error.code}: {error.complaint[:300]}"
+        ) from error
     if "error" in answer:
         raise BY_EXIT_CODE[answer["exit_code"]](answer["error"])
     stages: list[dict[str, Any]] = answer["stages"]

@@ -9,6 +9,7 @@ from rich.table import Table
 from flows.project import Root, SpecFile, root_of
 from flows.terminal import err, out
 from stages.artifact import Artifact
+from stages.diagnostics.update import told
 from stages.errors import InvalidInput
 
 _TOP = 3
@@ -37,10 +38,10 @@ def diagnose(spec: SpecFile, *, root: Root = None) -> None:
     for name, one in found.items():
         if one["reason"] is not None:
             out.print(f"{name}: {one['reason']}", markup=False, soft_wrap=True)
-    told = {name: one for name, one in found.items() if one["reason"] is None}
-    if told:
-        out.print(_table(told))
-        _print_cosines(list(told.values())[-1]["lineage"])
+    compared = {name: one for name, one in found.items() if one["reason"] is None}
+    if compared:
+        out.print(_table(compared))
+        _print_cosines(list(compared.values())[-1]["lineage"])
 
 
 def _now(name: str, artifact: Artifact) -> dict[str, Any]:
@@ -71,8 +72,7 @@ def _changed(one: Mapping[str, Any]) -> str:
 
 def _middle(name: str) -> Any:
     def say(one: Mapping[str, Any]) -> str:
-        values = sorted(row[name] for row in one["matrices"] if row[name] is not None)
-        if not values:
+        if not (values := told(one, name)):
             return "–"
         return f"{values[len(values) // 2]:.3g} ({values[0]:.3g} to {values[-1]:.3g})"
 
@@ -80,12 +80,11 @@ def _middle(name: str) -> Any:
 
 
 def _intruders(one: Mapping[str, Any]) -> str:
-    told = [row["intruders"] for row in one["matrices"] if row["intruders"] is not None]
-    untold = len(one["matrices"]) - len(told)
-    if not told:
+    if not (found := told(one, "intruders")):
         return "–"
+    untold = len(one["matrices"]) - len(found)
     beside = f", {untold} matrices not told" if untold else ""
-    return f"{sum(told)} in {sum(map(bool, told))} matrices{beside}"
+    return f"{sum(found)} in {sum(map(bool, found))} matrices{beside}"
 
 
 def _most(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Protocol
 from flows import process
 from flows.project import command
 from flows.release_link import point_to_release, withdraw
-from stages.approval import Decision, decision_on, question_of, record_verdict, require_approval, verdict_record
+from stages.approval import Decision, decision_about, question_of, record_verdict, require_approval, verdict_record
 from stages.artifact import JOBS, VERDICT, lock_file, set_aside
 from stages.check import check_base, check_inputs
 from stages.documents import read_sealed
@@ -303,12 +303,7 @@ def _run_step(plan: Plan, step: Step, hooks: Hooks) -> Outcome:
     verdicts: list[Verdict] = []
     if step.gates:
         hooks.phase(step, "gate", lambda: verdicts.extend(_judge(plan, step)))
-    return Outcome(step, kept, tuple(verdicts), _decided(step, verdicts))
-
-
-def _decided(step: Step, verdicts: list[Verdict]) -> Decision | None:
-    asked = question_of(step, verdicts)
-    return None if asked is None else decision_on(asked)
+    return Outcome(step, kept, tuple(verdicts), decision_about(step, verdicts))
 
 
 def _work(plan: Plan, step: Step, hooks: Hooks) -> None:
@@ -356,21 +351,16 @@ def _work_alone(plan: Plan, step: Step, job: Job, hooks: Hooks) -> None:
         child.stop(say)
 
 
-def verdicts_of(plan: Plan, step: Step) -> list[Verdict]:
-    """What the gates of a step come to, from what is on the disk."""
-    return plan.verdicts(step)
-
-
 def is_done(plan: Plan) -> bool:
     """Whether nothing is left to do: all is published, measured and accepted, and the kept verdict says so."""
-    return not plan.pending and all(_is_judged(step, verdicts_of(plan, step)) for step in plan.steps)
+    return not plan.pending and all(_is_judged(step, plan.verdicts(step)) for step in plan.steps)
 
 
 def _is_judged(step: Step, verdicts: list[Verdict]) -> bool:
     if not verdicts:
         return True
     try:
-        decision = _decided(step, verdicts)
+        decision = decision_about(step, verdicts)
         accepted = all(one.passed for one in verdicts) or (decision is not None and decision.approved)
         return accepted and read_sealed(step.place / VERDICT) == verdict_record(step, verdicts)
     except InvalidInput:
@@ -389,6 +379,6 @@ def remember_plan(run: Run, plan: Plan) -> None:
 
 def _judge(plan: Plan, step: Step) -> list[Verdict]:
     """Judge a step and keep the verdict beside its artifact."""
-    verdicts = verdicts_of(plan, step)
+    verdicts = plan.verdicts(step)
     record_verdict(step, verdicts)
     return verdicts

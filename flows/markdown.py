@@ -2,12 +2,13 @@
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from specs.printable import printable, printable_line
 
 PLACE = "[a place on this machine]"
 """What stands in a published text for the folders above a file."""
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$^=:@-])")
 _HOME_OR_ROOT = re.compile(r"(?<![\w./:~$}\])-])(?:~[\w.-]*|[A-Za-z]:\\|)(?:/[^\s/'\"`,;:)\]}>#]+)+/?")
 
@@ -15,6 +16,16 @@ _HOME_OR_ROOT = re.compile(r"(?<![\w./:~$}\])-])(?:~[\w.-]*|[A-Za-z]:\\|)(?:/[^\
 def prose(text: object) -> str:
     """A text as plain words on one line, in a paragraph or in the cell of a table: no link, no HTML, no emphasis."""
     return _SPECIAL.sub(r"\\\1", html.escape(printable_line(str(text)), quote=False))
+
+
+def escaped(text: str) -> str:
+    """A text as one line that shows it as it is, in Prefect, which renders HTML: every sign of markup is escaped."""
+    return _PUNCTUATION.sub(r"\\\g<0>", printable_line(text))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are markdown already."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def code(text: object) -> str:

@@ -11,15 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.engine import verdicts_of
 from flows.markdown import code, fence, prose, without_places
 from flows.summary import counted
 from specs.base import fingerprint
-from specs.load import SpecError
 from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.pipeline import BASE
 from specs.secrets import redact
-from stages.approval import decision_on, question_of
+from stages.approval import decision_about
 from stages.artifact import CARD, Artifact, short
 from stages.data_report import DATA_REPORT
 from stages.documents import read_object, sealed_card, write_text
@@ -27,8 +25,8 @@ from stages.errors import InvalidInput
 from stages.evaluate import Evaluation
 from stages.gate import interval_of
 from stages.measure import Measure
-from stages.origin import Origin, origin_of
-from stages.pipeline import load_pipeline
+from stages.origin import Origin, origin_of, with_word_of
+from stages.pipeline import spec_as_run
 from stages.plan import RELEASE, Plan, Step
 
 if TYPE_CHECKING:
@@ -81,12 +79,12 @@ def card_text(plan: Plan, spec: Path, place: str) -> str:
         place=place,
         base=_base(plan),
         stages=[_stage(plan, step) for step in plan.steps if step.stage is not None],
-        judged=[_judged(plan, step) for step in plan.steps if verdicts_of(plan, step)],
+        judged=[_judged(plan, step) for step in plan.steps if plan.verdicts(step)],
         measured=measured,
         confidence=f"{100 * CONFIDENCE:g}%",
         samples=_samples(plan),
-        spec=without_places(*_spec_text(plan, spec)),
-        versions=_record(plan.steps[-1]).get("versions", {}),
+        spec=without_places(spec_as_run(plan.pipeline, spec), _absolute(plan.pipeline.model_dump(mode="json"))),
+        versions=plan.steps[-1].record.get("versions", {}),
     )
     return redact(text.rstrip(), os.environ) + "\n"
 
@@ -142,16 +140,13 @@ def _settings(plan: Plan, release: Artifact, origin: Origin, measured: list[dict
 
 
 def _origin(plan: Plan) -> Origin:
-    kept = _record(plan.steps[0]).get("origin")
+    kept = plan.steps[0].record.get("origin")
     spec = plan.pipeline.model
     if not isinstance(kept, dict):  # a base of before it was recorded
         return origin_of(spec, plan.folder)
     names = Origin.__dataclass_fields__
     found = Origin(**{name: value for name, value in kept.items() if name in names and isinstance(value, str)})
-    hub = spec.origin or found.hub  # the spec may say so later: neither is part of an identity
-    if spec.license is not None:
-        return Origin(hub, spec.license, said_by="the spec")
-    return Origin(hub, found.license, found.license_name, found.license_link, found.said_by)
+    return with_word_of(spec, found)  # said later, perhaps: neither is part of an identity
 
 
 def _base(plan: Plan) -> dict[str, Any]:
@@ -162,12 +157,12 @@ def _base(plan: Plan) -> dict[str, Any]:
         "form": "hub" if spec.hub is not None else "GGUF file" if spec.gguf is not None else "folder",
         "files": inputs.get("files", {}),
         "identity": plan.steps[0].key,
-        "parameters": _record(plan.steps[0]).get("parameters"),
+        "parameters": plan.steps[0].record.get("parameters"),
     }
 
 
 def _stage(plan: Plan, step: Step) -> dict[str, Any]:
-    record, stage = _record(step), step.stage
+    record, stage = step.record, step.stage
     assert stage is not None  # noqa: S101 - the caller looks
     fields = step.identity["stage"]
     counts = record.get("data", [])
@@ -200,9 +195,8 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
 
 
 def _judged(plan: Plan, step: Step) -> dict[str, Any]:
-    verdicts = verdicts_of(plan, step)
-    asked = question_of(step, verdicts)
-    decision = None if asked is None else decision_on(asked)
+    verdicts = plan.verdicts(step)
+    decision = decision_about(step, verdicts)
     return {"name": step.name, "policy": step.policy, "verdicts": verdicts, "decision": decision}
 
 
@@ -345,24 +339,8 @@ def _cut(text: object) -> str:
     return whole if len(whole) <= _LONGEST_SAMPLE else f"{whole[: _LONGEST_SAMPLE - 1]}…"
 
 
-def _spec_text(plan: Plan, spec: Path) -> tuple[str, list[str]]:
-    """The spec as it was run, and the places on this machine that it names."""
-    text = spec.read_text(encoding="utf-8")
-    try:
-        same = load_pipeline(spec)[0] == plan.pipeline
-    except SpecError:
-        same = False
-    if not same:  # somebody has edited the file since: what was run counts
-        text = plan.pipeline.model_dump_json(indent=1, exclude_unset=True)
-    return text, _absolute(plan.pipeline.model_dump(mode="json"))
-
-
 def _absolute(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if Path(value).is_absolute() else []
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [place for part in parts for place in _absolute(part)]
-
-
-def _record(step: Step) -> dict[str, Any]:
-    return {} if step.artifact is None else step.artifact.manifest["record"]

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specs.metric import JudgeSpec
-from stages.approval import decision_on, question_of, questions, standing
+from stages.approval import decision_about, questions, standing
 from stages.artifact import MODEL
 from stages.evaluate import Evaluation
 from stages.gate import Verdict
@@ -85,8 +84,7 @@ def _withheld(plan: Plan) -> str:
         return ""
     verdicts = plan.verdicts(last) if last.name == RELEASE else []
     against = [one for one in verdicts if not one.passed]
-    asked = question_of(last, verdicts)
-    decision = None if asked is None else decision_on(asked)
+    decision = decision_about(last, verdicts)
     if not against or (decision is not None and decision.approved):
         return ""
     link = plan.store / MODEL
@@ -150,7 +148,7 @@ def _method(step: Step) -> str:
 
 
 def _trained(step: Step) -> str:
-    training = _record(step).get("training")
+    training = step.record.get("training")
     return counted(training["trainable_parameters"]) if training else _ABSENT
 
 
@@ -160,7 +158,7 @@ def counted(parameters: int) -> str:
 
 
 def _error(step: Step) -> str:
-    handed = _record(step).get("hand_over")
+    handed = step.record.get("hand_over")
     if not handed:
         return _ABSENT
     if "distance_to_trained" in handed:
@@ -170,35 +168,27 @@ def _error(step: Step) -> str:
 
 
 def _start(step: Step) -> str:
-    start = _record(step).get("start")
+    start = step.record.get("start")
     return f"{start['adapted_difference']:.1e}" if start else _ABSENT
 
 
 def _time(step: Step) -> str:
-    seconds = _record(step).get("durations")
+    seconds = step.record.get("durations")
     if not seconds:
         return _ABSENT
-    measuring = _seconds_measuring(step)
+    measuring = step.seconds_measuring
     own = sum(seconds.values())
     return f"{own + measuring:.0f} s" + (f" ({measuring:.0f} s measuring)" if measuring else "")
 
 
-def _seconds_measuring(step: Step) -> float:
-    return sum(kept.seconds for one in step.measurements if (kept := step.evaluation(one.metric)))
-
-
 def _measuring(step: Step) -> str:
-    seconds = _seconds_measuring(step)
+    seconds = step.seconds_measuring
     return f"{seconds:.0f} s" if seconds else _ABSENT
 
 
 def _memory(step: Step) -> str:
-    peak = _record(step).get("peak_memory")
+    peak = step.record.get("peak_memory")
     return f"{peak / 1e9:.1f} GB" if peak else _ABSENT
-
-
-def _record(step: Step) -> dict[str, Any]:
-    return {} if step.artifact is None else step.artifact.manifest["record"]
 
 
 def _attempt(step: Step) -> str:

@@ -6,7 +6,7 @@ elsewhere meanwhile (`trivium approve`) is not overruled.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -25,8 +25,8 @@ from prefect.input.run_input import keyset_from_paused_state
 from prefect.states import Suspended
 from pydantic import Field
 
-from flows.artifacts import escaped
 from flows.engine import Run
+from flows.markdown import escaped, table
 from flows.project import command
 from specs.base import fingerprint
 from specs.metric import GenerationSpec
@@ -227,7 +227,7 @@ def _gates(verdicts: tuple[Verdict, ...]) -> str:
     ]
     # In words first: the form is narrow, and a wide table has to be scrolled.
     reasons = "\n".join(f"- **{one.outcome}**: {escaped(one.reason)}" for one in verdicts)
-    return f"{reasons}\n\n{_table(head, rows)}"
+    return f"{reasons}\n\n{table(head, rows)}"
 
 
 def _samples(plan: Plan, question: Question) -> list[str]:
@@ -247,7 +247,7 @@ def _samples(plan: Plan, question: Question) -> list[str]:
             for answers in zip(*columns.values(), strict=False)
         ]
         if rows:
-            parts += [f"## Answers: {escaped(metric)}", _table(("prompt", *columns), rows)]
+            parts += [f"## Answers: {escaped(metric)}", table(("prompt", *columns), rows)]
     return parts
 
 
@@ -261,7 +261,3 @@ def _cut(text: str) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ("---",) * len(columns), *rows))

@@ -99,6 +99,12 @@ def decision_on(question: Question) -> Decision | None:
         return None
 
 
+def decision_about(step: Step, verdicts: Sequence[Verdict]) -> Decision | None:
+    """What a person said to the gates of a step; None where nobody was asked, or has answered."""
+    asked = question_of(step, verdicts)
+    return None if asked is None else decision_on(asked)
+
+
 def unbelievable(question: Question) -> str:
     """Why a decision that lies there counts as none; empty where there is nothing wrong."""
     try:
@@ -159,8 +165,7 @@ def record_verdict(step: Step, verdicts: Sequence[Verdict]) -> None:
 
 def verdict_record(step: Step, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The verdict file of a step: every gate, whether all passed, and the decision where they did not."""
-    asked = question_of(step, verdicts)
-    decision = None if asked is None else decision_on(asked)
+    decision = decision_about(step, verdicts)
     record = {"gates": [one.as_record() for one in verdicts], "passed": all(one.passed for one in verdicts)}
     return record if decision is None else {**record, "decision": decision.as_record()}
 

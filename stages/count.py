@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.base import fingerprint, identity_fields
 from stages.artifact import sha256
+from stages.child import ChildFailed, ask
 from stages.documents import read_json, read_object, write_json
 from stages.errors import InvalidInput
 from stages.identity import TRAINING_LIBRARIES, versions
@@ -227,28 +228,13 @@ def _in_a_child(pipeline: Pipeline, folder: Path, base: Path, wanted: list[str])
         "stages": wanted,
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.count"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        found = ask("stages.count", request, {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}, TIMEOUT)
     except subprocess.TimeoutExpired:
         return dict.fromkeys(wanted, Count(reason=f"not done within {TIMEOUT:.0f} s")), False
-    if done.returncode:
-        reason = f"the counting process ended with {done.returncode}: {_complaint(done.stderr)}"[:300]
+    except ChildFailed as error:
+        reason = f"the counting process ended with {error.code}: {error.complaint}"[:300]
         return dict.fromkeys(wanted, Count(reason=reason)), False
-    found = json.loads(done.stdout.splitlines()[-1])
     return {name: Count(**value) for name, value in found.items()}, True
-
-
-def _complaint(stderr: str) -> str:
-    """The line of a traceback that says what happened; pydantic's last one only links to its manual."""
-    lines = [line.strip() for line in stderr.strip().splitlines() if "errors.pydantic.dev" not in line]
-    return lines[-1] if lines else "no reason given"
 
 
 def main() -> int:

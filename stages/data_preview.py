@@ -16,6 +16,7 @@ from stages.data_report import Material, make_report
 from stages.errors import TriviumError
 from stages.mixing import mixed
 from stages.model import load_tokenizer
+from stages.objective import ObjectiveSpec
 from stages.pipeline import Pipeline
 from stages.preemption import die_with
 from stages.remote_code import allowing
@@ -43,13 +44,12 @@ def preview(pipeline: Pipeline, folder: Path, base: Path, wanted: Sequence[str])
     stages = [stage for stage in pipeline.stages if stage.name in wanted]
     found = []
     for stage in stages:
-        report = _report(pipeline, folder, stage.name, tokenizer)
+        report = _report(pipeline, folder, stage, tokenizer)
         found.append({"report": report, "refused": refusals(report, stage.data_limits)})
     return found
 
 
-def _report(pipeline: Pipeline, folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> Report:
-    stage = next(stage for stage in pipeline.stages if stage.name == name)
+def _report(pipeline: Pipeline, folder: Path, stage: ObjectiveSpec, tokenizer: "PreTrainedTokenizerBase") -> Report:
     seed = pipeline.seed_of(stage)
     mixture = mixed(stage.data, folder, stage.normalise, seed, lambda own: stage.sizes(own, tokenizer))
     dataset, masks = stage.dataset(mixture.rows, tokenizer)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specs.data import DataSpec
-from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, PreferenceSpec
+from specs.metric import JudgeSpec, LmEvalSpec, MetricSpec
 from specs.model import ModelSpec
 from specs.pipeline import Location
 from stages.data import Normaliser, files_of, read_source
@@ -16,12 +16,11 @@ from stages.identity import base_files
 from stages.layout import Layout, read_layout
 from stages.methods.base import MethodSpec
 from stages.metrics import installed
-from stages.metrics.generation import row_schema
 from stages.metrics.harness import is_task_file, measure_names, task_files
+from stages.metrics.held_out import row_schema
 from stages.metrics.results import measure_name
 from stages.paths import astray, irregular
 from stages.remote_code import FIELD, allowing, trusted
-from stages.rows import any_scored_row, preference_row
 from stages.template import check_template, folder_templates, read_template
 
 Found = list[tuple[Location, str]]
@@ -122,12 +121,7 @@ def check_metric(metric: MetricSpec, place: Location, folder: Path, limit: int |
             check_model(metric.model, folder, own)
             found += [((*place, *where), message) for where, message in own]
     elif not isinstance(metric, LmEvalSpec):
-        schema = any_scored_row
-        if isinstance(metric, PreferenceSpec):
-            schema = preference_row
-        elif isinstance(metric, GenerationSpec):
-            schema = row_schema(metric)
-        check_source(metric.data, (*place, "data"), folder, schema, limit, found)
+        check_source(metric.data, (*place, "data"), folder, row_schema(metric), limit, found)
     elif is_task_file(metric.task):
         file = folder / metric.task
         problem = irregular(file) or astray(metric.task, [file], folder)

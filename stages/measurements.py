@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.base import fingerprint, identity_fields
-from specs.metric import JudgeSpec, PreferenceSpec
+from specs.metric import JudgeSpec, MetricSpec, PreferenceSpec
 from specs.pipeline import PREVIOUS
 from specs.release import ReleaseSpec
 from stages import evaluate
@@ -110,51 +110,46 @@ class Measurements:
         spec = self.pipeline.metric(metric, tier)
         chat = getattr(spec, "chat_template", False)
         applied = chat if isinstance(chat, bool) else model.name in chat
-        identity: dict[str, Any] = {
-            "model": model.key,
+        own = {
             # Whether the template is applied here counts, not where else it is.
             "metric": {key: value for key, value in identity_fields(spec).items() if key != "chat_template"},
             "data": metric_digests(spec, self.folder, self.digest),
             "dtype": self.pipeline.model.dtype,
             "chat_template": applied,
             "reference": None if reference is None else reference[1].key,
-            "versions": versions(MEASURING_LIBRARIES),
-            "code": evaluate.VERSIONS[spec.kind],
         }
-        return Measurement(
-            metric=metric,
-            file=_file(model, metric, identity),
-            identity=identity,
-            chat_template=applied,
-            reference=None if reference is None else reference[0].file,
-            tier=tier,
-        )
+        one = _measurement(metric, tier, model, spec, own)
+        other = None if reference is None else reference[0].file
+        return one.model_copy(update={"chat_template": applied, "reference": other})
 
     def _judged(self, metric: str, tier: Tier, model: Measured, ours: Measurement, theirs: Measurement) -> Measurement:
         """The comparison of a model's answers with another's."""
         spec = self.pipeline.metric(metric, tier)
         judge = getattr(spec, "model", None)
-        identity: dict[str, Any] = {
-            "model": model.key,
+        own = {
             "metric": identity_fields(spec),
             "judge": None if judge is None else model_digests(judge, self.folder, self.digest),
             "answers": [fingerprint(ours.identity), fingerprint(theirs.identity)],
-            "versions": versions(MEASURING_LIBRARIES),
-            "code": evaluate.VERSIONS[spec.kind],
         }
-        return Measurement(
-            metric=metric,
-            file=_file(model, metric, identity),
-            identity=identity,
-            chat_template=False,
-            reference=theirs.file,
-            answers=ours.file,
-            tier=tier,
-        )
+        one = _measurement(metric, tier, model, spec, own)
+        return one.model_copy(update={"reference": theirs.file, "answers": ours.file})
 
 
-def _file(model: Measured, metric: str, identity: dict[str, Any]) -> str:
-    return str(model.place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json")
+def _measurement(metric: str, tier: Tier, model: Measured, spec: MetricSpec, own: dict[str, Any]) -> Measurement:
+    """A measurement that refers to no other yet: its identity is what all kinds depend on, and ``own``."""
+    identity = own | {
+        "model": model.key,
+        "versions": versions(MEASURING_LIBRARIES),
+        "code": evaluate.VERSIONS[spec.kind],
+    }
+    return Measurement(
+        metric=metric,
+        file=str(model.place / EVALUATION / f"{metric}-{short(fingerprint(identity))}.json"),
+        identity=identity,
+        chat_template=False,
+        reference=None,
+        tier=tier,
+    )
 
 
 def _opponent(spec: JudgeSpec, model: Measured, beside: Mapping[str, Measured]) -> Measured | None:

@@ -5,7 +5,7 @@ Nothing here can change a result, so none of it is part of an identity.
 
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,15 @@ def origin_of(spec: ModelSpec, folder: Path, card: Path | None = None) -> Origin
         found = _of_gguf(folder / spec.gguf)
     elif spec.path is not None or card is not None:
         found = _of_card(card if card is not None else folder / str(spec.path) / CARD) or found
-    hub = spec.origin or spec.hub or found.hub
+    return with_word_of(spec, replace(found, hub=spec.hub or found.hub))
+
+
+def with_word_of(spec: ModelSpec, found: Origin) -> Origin:
+    """What is known of a base, with what a spec says of it, which counts more."""
+    hub = spec.origin or found.hub
     if spec.license is not None:
         return Origin(hub=hub, license=spec.license, said_by="the spec")
-    return Origin(hub, found.license, found.license_name, found.license_link, found.said_by)
+    return replace(found, hub=hub)
 
 
 def _of_card(card: Path) -> Origin | None:

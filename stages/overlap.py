@@ -17,9 +17,9 @@ from specs.metric import GenerationSpec, JudgeSpec, LmEvalSpec, MetricSpec, Perp
 from specs.printable import printable_line
 from stages.data import Line, read_lines
 from stages.errors import InvalidInput
-from stages.metrics.generation import row_schema
-from stages.metrics.harness import is_task_file, task_config
-from stages.rows import Row, any_scored_row, preference_row
+from stages.metrics.harness import is_task_file, scored_files
+from stages.metrics.held_out import row_schema
+from stages.rows import Row
 from stages.words import words_of
 
 MeasuredOnRows = PerplexitySpec | PreferenceSpec | GenerationSpec | LmEvalSpec
@@ -173,12 +173,7 @@ def _examples(metric: MeasuredOnRows, folder: Path) -> Iterator[tuple[Line, Row]
         InvalidInput: it is not in files here, or they cannot be read.
     """
     if not isinstance(metric, LmEvalSpec):
-        schema = any_scored_row
-        if isinstance(metric, PreferenceSpec):
-            schema = preference_row
-        elif isinstance(metric, GenerationSpec):
-            schema = row_schema(metric)
-        yield from islice(read_lines(metric.data, folder, schema, metric.limit), metric.limit)
+        yield from islice(read_lines(metric.data, folder, row_schema(metric), metric.limit), metric.limit)
         return
     if not is_task_file(metric.task):
         raise InvalidInput(f"the rows of the installed task {metric.task} are no files of the spec")
@@ -186,10 +181,7 @@ def _examples(metric: MeasuredOnRows, folder: Path) -> Iterator[tuple[Line, Row]
 
 
 def _task_examples(task: Path, folder: Path) -> Iterator[tuple[Line, Row]]:
-    config = task_config(task)
-    files = config["dataset_kwargs"]["data_files"]
-    split = config.get("test_split") or config.get("validation_split") or next(iter(files))
-    for name in files.get(split, ()):
+    for name in scored_files(task):
         if not name.endswith(FORMATS):
             raise InvalidInput(f"{name}: cannot tell its format; read are {', '.join(FORMATS)}")
         source = DataSpec(path=name, on_bad_row="drop", max_bad_rows="100%")

@@ -12,6 +12,7 @@ from specs.metric import JudgeSpec, LmEvalSpec
 from specs.pipeline import Location, PipelineSpec
 from stages.cpt import Cpt
 from stages.dpo import Dpo
+from stages.errors import InvalidInput
 from stages.ift import Ift
 from stages.interval import LEAST_DOUBT
 from stages.metrics.harness import is_task_file
@@ -89,6 +90,16 @@ def load_pipeline(path: Path) -> tuple[Pipeline, Document]:
     if problems:
         raise SpecError(problems)
     return pipeline, document
+
+
+def spec_as_run(pipeline: Pipeline, path: Path) -> str:
+    """The spec that a pipeline was read from: the file as it stands, unless somebody has edited it since."""
+    try:
+        if load_pipeline(path)[0] == pipeline:
+            return path.read_text(encoding="utf-8")
+    except (SpecError, InvalidInput, OSError):
+        pass
+    return pipeline.model_dump_json(indent=1, exclude_unset=True)
 
 
 def schema_text() -> str:

@@ -1,6 +1,6 @@
 """Which steps are published, which are stale and why, which are missing. Pure: reads, never writes a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,17 @@ class Step:
         """The measurements that are not there yet."""
         return tuple(one for one in self.measurements if evaluate.load(Path(one.file)) is None)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps of how it was made; empty where it is not published."""
+        return {} if self.artifact is None else self.artifact.manifest["record"]
+
+    @property
+    def seconds_measuring(self) -> float:
+        """What the measurements that are there took."""
+        kept = (evaluate.load(Path(one.file)) for one in self.measurements)
+        return sum(one.seconds for one in kept if one is not None)
+
     def evaluation(self, metric: str) -> Evaluation | None:
         """What a metric found here, or None."""
         for one in self.measurements:
@@ -127,12 +138,7 @@ class Plan:
 
     def step(self, where: str, seen_from: Step) -> Step | None:
         """The step that a gate means by `here`, `previous`, `base` or a stage's name."""
-        if where == "here":
-            return seen_from
-        if where == PREVIOUS:
-            return self.steps[seen_from.order - 1] if seen_from.order else None
-        steps = self.steps if seen_from.name != RELEASE else self.references
-        return next((step for step in steps if step.name == where), None)
+        return _meant(where, seen_from, self.steps, self.steps if seen_from.name != RELEASE else self.references)
 
     def verdicts(self, step: Step) -> list[Verdict]:
         """What the gates of a step come to, from what is on the disk."""
@@ -248,14 +254,7 @@ class _Planner:
         return any(place is None or place.evaluation(metric) is None for place, metric in compared)
 
     def _seen_from(self, step: Step) -> Callable[[str], Step | None]:
-        def seen(where: str) -> Step | None:
-            if where == "here":
-                return step
-            if where == PREVIOUS:
-                return self.steps[-1]
-            return next((one for one in self.steps if one.name == where), None)
-
-        return seen
+        return lambda where: _meant(where, step, self.steps, self.steps)
 
     def _attempt(self, attempt: Attempt[ObjectiveSpec]) -> Step:
         stage = attempt.stage
@@ -356,6 +355,15 @@ class _Planner:
             for step in self.steps
             if step.name in found
         ]
+
+
+def _meant(where: str, seen_from: Step, chain: Sequence[Step], named: Sequence[Step]) -> Step | None:
+    """The step that `here`, `previous` (the one before in the chain), `base` or a stage's name means."""
+    if where == "here":
+        return seen_from
+    if where == PREVIOUS:
+        return chain[seen_from.order - 1] if seen_from.order else None
+    return next((step for step in named if step.name == where), None)
 
 
 def _verdicts(step: Step, seen: Callable[[str], Step | None]) -> list[Verdict]:

@@ -287,6 +287,21 @@ def with_adapters(folders: Sequence[Path | str], device: str | None = None) -> A
     return served
 
 
+def method_of(artifact: Artifact) -> MethodSpec:
+    """The method of a published stage, as its manifest names it.
+
+    Raises:
+        InvalidInput: it was one of another version.
+    """
+    fields = artifact.manifest["inputs"]["stage"]["method"]
+    try:
+        return _METHOD.validate_python(fields, strict=False)
+    except ValidationError as error:
+        raise InvalidInput(
+            f"{artifact.path}: was made by another version of method {fields['kind']}: {error}"
+        ) from error
+
+
 def _kept(folder: Path) -> Kept:
     artifact = read(folder)
     if artifact is None:
@@ -297,10 +312,7 @@ def _kept(folder: Path) -> Kept:
     kind = inputs["stage"]["method"]["kind"]
     if not (artifact.path / ADAPTER).is_dir():
         raise InvalidInput(f"{folder}: method {kind} keeps no adapter; serve the model in {artifact.model}")
-    try:
-        method = _METHOD.validate_python(inputs["stage"]["method"], strict=False)
-    except ValidationError as error:
-        raise InvalidInput(f"{folder}: was made by another version of method {kind}: {error}") from error
+    method = method_of(artifact)
     start = find(artifact.path.parent, inputs["parent"])
     if start is None:
         raise InvalidInput(

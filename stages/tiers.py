@@ -10,7 +10,7 @@ from specs.metric import LmEvalSpec, MetricSpec
 from stages.data import files_of
 from stages.errors import InvalidInput
 from stages.job import Measurement, Tier
-from stages.metrics.harness import is_task_file, task_config
+from stages.metrics.harness import is_task_file, scored_files
 from stages.plan import RELEASE, Plan, Step
 
 _MINUTE, _HOUR = 60, 3600
@@ -113,9 +113,7 @@ def _rows(spec: MetricSpec, folder: Path) -> int | None:
 def _rows_of_task(spec: LmEvalSpec, folder: Path) -> int | None:
     if not is_task_file(spec.task):
         return None
-    config = task_config(folder / spec.task)
-    split = config.get("test_split") or config.get("validation_split")
-    return _lines([Path(file) for file in config["dataset_kwargs"]["data_files"].get(split, ())])
+    return _lines([Path(file) for file in scored_files(folder / spec.task)])
 
 
 def _lines(files: list[Path]) -> int | None:

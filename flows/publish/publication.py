@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from flows.engine import Run, verdicts_of
+from flows.engine import Run
 from flows.model_card import card_text
 from specs.base import Spec
 from specs.paths import Sha256
 from specs.secrets import looks_like_secret, redact
-from stages.approval import decision_on, question_of, standing, verdict_record
+from stages.approval import decision_about, question_of, standing, verdict_record
 from stages.artifact import ADAPTER, CARD, MODEL, Artifact, short, verified
 from stages.errors import GateRefused, InvalidInput, StageFailed, TriviumError
 from stages.gate import Verdict
@@ -106,7 +106,7 @@ def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
         if not against:
             continue
         asked = question_of(step, verdicts)
-        decision = None if asked is None else decision_on(asked)
+        decision = decision_about(step, verdicts)
         if decision is not None and decision.approved:
             continue
         warned = step.policy == "warn"
@@ -121,7 +121,7 @@ def _refused(plan: Plan, *, with_warnings: bool) -> Iterator[TriviumError]:
 
 def _judged(plan: Plan, step: Step) -> list[Verdict]:
     ready = step.artifact is not None and not step.missing
-    return list(verdicts_of(plan, step)) if ready else []
+    return plan.verdicts(step) if ready else []
 
 
 def gathered_files(release: Artifact) -> tuple[dict[str, Path], dict[str, str]]:

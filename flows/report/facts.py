@@ -151,13 +151,11 @@ def costs(plan: Plan) -> list[dict[str, Any]]:
     """Time by phase, tokens per second and peak memory of every step."""
     found = []
     for step in plan.steps:
-        record = _record(step)
+        record = step.record
         if not record:
             continue
         phases = {name: float(seconds) for name, seconds in record.get("durations", {}).items()}
-        phases["evaluate"] = sum(
-            one.seconds for m in step.measurements if (one := step.evaluation(m.metric)) is not None
-        )
+        phases["evaluate"] = step.seconds_measuring
         found.append(
             {
                 "name": step.title,
@@ -178,7 +176,7 @@ def lineage(plan: Plan) -> list[dict[str, Any]]:
         if step.artifact is None:
             continue
         parent = step.artifact.manifest["inputs"].get("parent")
-        record = _record(step)
+        record = step.record
         found.append(
             {
                 "name": step.title,
@@ -196,9 +194,8 @@ def _link(plan: Plan, step: Step) -> Link:
     method = "" if step.stage is None else f"{step.stage.kind} · {step.stage.method.kind}"
     if step.artifact is None:
         return Link(step.title, method, "missing", step.reason, None)
-    durations = _record(step).get("durations", {})
-    measuring = sum(one.seconds for m in step.measurements if (one := step.evaluation(m.metric)) is not None)
-    seconds = sum(durations.values()) + measuring
+    durations = step.record.get("durations", {})
+    seconds = sum(durations.values()) + step.seconds_measuring
     if step.missing:
         names = ", ".join(one.metric for one in step.missing)
         return Link(step.title, method, "unmeasured", f"not measured yet: {names}", seconds)
@@ -243,10 +240,6 @@ def _answer(evaluation: Evaluation, number: int) -> str:
 def _cut(text: str) -> str:
     text = printable(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def _record(step: Step) -> dict[str, Any]:
-    return {} if step.artifact is None else step.artifact.manifest["record"]
 
 
 def _tokens_per_second(step: Step, record: dict[str, Any]) -> float | None:

@@ -12,9 +12,9 @@ from flows.report import charts, facts
 from flows.summary import counted, summarise
 from specs.printable import printable
 from specs.secrets import redact
-from stages.diagnostics.update import in_words
+from stages.diagnostics.update import in_words, told
 from stages.documents import write_text
-from stages.errors import InvalidInput
+from stages.pipeline import spec_as_run
 from stages.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def keep_report(plan: Plan, spec: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    newest = write_report(plan, spec)
-    kept = plan.store / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.html"
-    write_text(kept, newest.read_text(encoding="utf-8"))
+    newest, text = plan.store / REPORT, html_of(plan, spec)
+    for place in (newest, plan.store / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.html"):
+        write_text(place, text)
     return newest
 
 
@@ -123,7 +123,7 @@ def _values(plan: Plan, spec: Path) -> dict[str, Any]:
         "samples": facts.samples(plan),
         "costs": facts.costs(plan),
         "lineage": facts.lineage(plan),
-        "spec": _spec_text(plan, spec),
+        "spec": printable(spec_as_run(plan.pipeline, spec)),
         "chart_style": Markup(charts.STYLE),  # noqa: S704 - ours
     }
     there = [
@@ -221,13 +221,16 @@ def _update(stage: facts.Stage, markup: Any) -> dict[str, Any] | None:
         return None
     chart = update_chart(stage)
     types = sorted(found.get("types", {}).items(), key=lambda pair: -pair[1])
-    told = [row["intruders"] for row in found["matrices"] if row["intruders"] is not None]
+    intruders = told(found, "intruders")
     listed = [
         ("matrices changed", f"{len(found['matrices'])} of {len(found['matrices']) + found.get('unchanged', 0)}"),
         ("norm", f"{found.get('norm', 0.0):.4g} ({100 * found.get('relative_norm', 0.0):.3g}% of the weights)"),
-        ("effective rank", _spread([row["effective_rank"] for row in found["matrices"]])),
-        ("stable rank", _spread([row["stable_rank"] for row in found["matrices"]])),
-        ("intruders", f"{sum(told)} in {sum(map(bool, told))} of {len(told)} matrices" if told else "–"),
+        ("effective rank", _spread(told(found, "effective_rank"))),
+        ("stable rank", _spread(told(found, "stable_rank"))),
+        (
+            "intruders",
+            f"{sum(intruders)} in {sum(map(bool, intruders))} of {len(intruders)} matrices" if intruders else "–",
+        ),
         ("outside the layers", f"{100 * found.get('outside', 0.0):.3g}% of the squared norm"),
     ]
     if found.get("unplanned") is not None:
@@ -245,8 +248,7 @@ def _update(stage: facts.Stage, markup: Any) -> dict[str, Any] | None:
     }
 
 
-def _spread(values: list[float | None]) -> str:
-    known = sorted(value for value in values if value is not None)
+def _spread(known: list[float]) -> str:
     if not known:
         return "–"
     return f"{known[len(known) // 2]:.3g} in the middle, {known[0]:.3g} to {known[-1]:.3g}"
@@ -277,16 +279,3 @@ def _outcome(plan: Plan, chain: list[facts.Link]) -> str:
 
 def _tone(state: str) -> str:
     return "good" if state in _GOOD else "bad" if state in _BAD else "" if state == "missing" else "open"
-
-
-def _spec_text(plan: Plan, spec: Path) -> str:
-    """The spec as it was run: the file, unless it has been edited since."""
-    from specs.load import SpecError
-    from stages.pipeline import load_pipeline
-
-    try:
-        if load_pipeline(spec)[0] == plan.pipeline:
-            return printable(spec.read_text(encoding="utf-8"))
-    except (SpecError, InvalidInput, OSError):
-        pass
-    return printable(plan.pipeline.model_dump_json(indent=1, exclude_unset=True))

@@ -5,8 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
 from stages.artifact import Artifact, find, step_of
 from stages.diagnostics.lineage import directions
 from stages.diagnostics.planned import Planned, planned_of, selected_in
@@ -15,14 +13,13 @@ from stages.diagnostics.weights import Weights, of_checkpoint, of_model
 from stages.documents import read_object, read_sealed, write_sealed
 from stages.errors import InvalidInput
 from stages.layout import read_layout
-from stages.methods import Method
 from stages.methods.base import MethodSpec
+from stages.serving import method_of
 
 LATER = ".diagnostics"
 """Beside the artifacts: the diagnostics of those that were published without."""
 TRAINABLE = "trainable"
 """The entry of ``training.json`` with the names of the parameters that trained; the oldest have none."""
-_METHOD: TypeAdapter[MethodSpec] = TypeAdapter(Method)
 
 
 class Preparation(NamedTuple):
@@ -89,14 +86,10 @@ def diagnose_later(artifact: Artifact, depth: Depth = "spectra") -> dict[str, An
     Raises:
         InvalidInput: what it started from is gone, or its method is one of another version.
     """
-    inputs = artifact.manifest["inputs"]
-    parent = find(artifact.path.parent, inputs["parent"])
+    parent = find(artifact.path.parent, artifact.manifest["inputs"]["parent"])
     if parent is None:
         raise InvalidInput(f"{artifact.path}: what it started from is gone; `trivium run` on the spec makes it anew")
-    try:
-        method = _METHOD.validate_python(inputs["stage"]["method"], strict=False)
-    except ValidationError as error:
-        raise InvalidInput(f"{artifact.path}: was made by another version of its method: {error}") from error
+    method = method_of(artifact)
     kept = read_object(artifact.path / "training.json")
     preparation = Preparation(kept.get(TRAINABLE, ()), kept.get("method", {}))
     found = diagnose_stage(str(step_of(artifact.path)), method, preparation, parent, artifact.model, depth)

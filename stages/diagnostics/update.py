@@ -179,17 +179,19 @@ def _shares(squares: Mapping[str, float], whole: float) -> dict[str, float]:
     return {name: square / whole for name, square in squares.items()}
 
 
+def told(found: Mapping[str, Any], column: str) -> list[Any]:
+    """The values of a column of a document's matrices, as far as they are told, the smallest first."""
+    return sorted(row[column] for row in found["matrices"] if row[column] is not None)
+
+
 def in_words(found: Mapping[str, Any]) -> str:
     """One line for people: how much moved, in how many directions, and what is new."""
     if found["reason"] is not None:
         return str(found["reason"])
-    rows = found["matrices"]
-    parts = [f"{100 * found['relative_norm']:.2g}% of the weights' norm in {len(rows)} matrices"]
-    ranks = sorted(row["effective_rank"] for row in rows if row["effective_rank"] is not None)
-    if ranks:
+    parts = [f"{100 * found['relative_norm']:.2g}% of the weights' norm in {len(found['matrices'])} matrices"]
+    if ranks := told(found, "effective_rank"):
         parts.append(f"effective rank {ranks[len(ranks) // 2]:.3g} (median)")
-    told = [row["intruders"] for row in rows if row["intruders"] is not None]
-    if told:
-        looked = found["intruders"]["k"] * len(told)
-        parts.append(f"{sum(told)} intruders among {looked} leading directions")
+    if intruders := told(found, "intruders"):
+        looked = found["intruders"]["k"] * len(intruders)
+        parts.append(f"{sum(intruders)} intruders among {looked} leading directions")
     return ", ".join(parts)

@@ -62,7 +62,7 @@ def measure(
         model wrote them: whoever shows them escapes them.
     """
     count = Count(spec.data.label)
-    rows = list(read_source(spec.data, folder, row_schema(spec), spec.limit, count))[: spec.limit]
+    rows = list(read_source(spec.data, folder, prompt_schema(spec), spec.limit, count))[: spec.limit]
     tell_what_was_left_out(count)
     prompts = [_encoded(tokenizer, row["prompt"], chat_template=chat_template) for row in rows]
     for number, ids in enumerate(prompts, start=1):
@@ -93,7 +93,7 @@ def measure(
     return measures, shown, samples
 
 
-def row_schema(spec: GenerationSpec) -> Any:
+def prompt_schema(spec: GenerationSpec) -> Any:
     """What a row of the metric must look like: without the chat template at some stage, a prompt is one message."""
     return prompt_row if spec.chat_template is True else plain_prompt_row
 

@@ -137,6 +137,18 @@ def _by_split(files: Any, path: Path) -> dict[str, list[str]]:
     return found
 
 
+def scored_files(path: Path) -> list[str]:
+    """The files whose rows a task YAML is scored on: those of its test split, or else of its validation split.
+
+    Raises:
+        InvalidInput: as `task_config`.
+    """
+    config = task_config(path)
+    files: dict[str, list[str]] = config["dataset_kwargs"]["data_files"]
+    split = config.get("test_split") or config.get("validation_split") or next(iter(files))
+    return files.get(split, [])
+
+
 def task_files(path: Path) -> list[Path]:
     """The task YAML and the local data files that it names.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from unread import NAMES, Project, make_project
 
-from flows.engine import is_done, verdicts_of
+from flows.engine import is_done
 from stages import checkpoint
 from stages.artifact import VERDICT, damage, read, set_aside, sha256, verified
 from stages.documents import read_json, write_json, write_sealed
@@ -85,7 +85,7 @@ def done(tmp_path: Path) -> Project:
             manifest["files"][name] = {"sha256": sha256(file), "size": file.stat().st_size}
         write_json(step.place / "manifest.json", sealed(manifest["inputs"], manifest["record"], manifest["files"]))
     plan = project.plan()
-    verdicts = [verdict.as_record() for verdict in verdicts_of(plan, plan.steps[1])]
+    verdicts = [verdict.as_record() for verdict in plan.verdicts(plan.steps[1])]
     write_sealed(plan.steps[1].place / VERDICT, {"gates": verdicts, "passed": True})
     assert is_done(plan)
     return project

@@ -18,7 +18,7 @@ from stages.errors import GateRefused
 from stages.job import Job
 from stages.methods.lora import Lora
 from stages.pipeline import load_pipeline
-from stages.plan import make_plan
+from stages.plan import Plan, make_plan
 from stages.run import run_job
 
 pytestmark = [pytest.mark.model, pytest.mark.crash]
@@ -331,8 +331,8 @@ def started(*_, **__):
 
 
 JUDGING = [
-    before(engine, "verdicts_of"),
-    after(engine, "verdicts_of"),
+    before(Plan, "verdicts"),
+    after(Plan, "verdicts"),
     before(Path, "replace"),
     after(engine, "_judge"),
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from unread import NAMES, Project, flip, make_project
 
-from flows.engine import Run, is_done, remember_plan, verdicts_of
+from flows.engine import Run, is_done, remember_plan
 from stages.artifact import VERDICT
 from stages.documents import write_sealed
 
@@ -120,7 +120,7 @@ def test_nothing_is_left_to_do_only_when_the_kept_verdicts_are_those_of_todays_g
     plan = edited.plan()
     step = plan.steps[1]
     assert not is_done(plan), "nothing was judged yet"
-    verdicts = [verdict.as_record() for verdict in verdicts_of(plan, step)]
+    verdicts = [verdict.as_record() for verdict in plan.verdicts(step)]
     write_sealed(step.place / VERDICT, {"gates": verdicts, "passed": True})
     assert is_done(plan)
     old = {"gate": "domain at most 2", "passed": True, "value": 1.5, "reference": 2.0, "change": -0.5, "n": 1}
